@@ -1,0 +1,107 @@
+"""What stays: the indices of kept units, layer by layer. Plain data; prints, diffs, saves, re-applies anywhere.
+
+What this gives up: a plan says nothing of weights, so it fits any checkpoint of the same shape, also a wrong one;
+`model` names the one it was made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from regrow.artifacts.shape import Anatomy, LayerShape, Shape
+from regrow.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Kept units of one layer, as ascending indices into the intact layer."""
+
+    index: int  # of the layer in the intact model
+    groups: tuple[int, ...]
+    heads: tuple[int, ...]  # query heads 0..H-1, group-major; the same number in every kept group
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that stays, and why: `made_by` is a record of budget, criteria and spread."""
+
+    channels: tuple[int, ...]
+    layers: tuple[LayerPlan, ...]
+    rescale_norms: bool = False  # statistics over the original width (NutePrune) instead of the kept one
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def shape(self) -> Shape:
+        rows = (
+            LayerShape(len(x.groups), len(x.heads) // len(x.groups) if x.groups else 0, len(x.neurons))
+            for x in self.layers
+        )
+        return Shape(len(self.channels), tuple(rows))
+
+    @staticmethod
+    def everything(anatomy: Anatomy) -> Plan:
+        """The plan that cuts nothing."""
+        sizes = anatomy.sizes
+        return Plan(
+            tuple(range(sizes["C"])),
+            tuple(
+                LayerPlan(i, tuple(range(sizes["K"])), tuple(range(sizes["H"])), tuple(range(sizes["F"])))
+                for i in range(sizes["L"])
+            ),
+        )
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise `SettingsError` unless the plan fits the model: in range, ascending, even heads, nothing empty."""
+
+        def bad(came: str, allowed: str) -> SettingsError:
+            return SettingsError(f"plan: {came}", allowed, "make the plan anew with `regrow prune` for this model")
+
+        def fits(kept: tuple[int, ...], size: int) -> bool:
+            return all(0 <= i < size for i in kept) and list(kept) == sorted(set(kept))
+
+        sizes, group = anatomy.sizes, anatomy.sizes["G"]
+        if not self.channels or not fits(self.channels, sizes["C"]):
+            raise bad("channels are empty or out of order", f"ascending indices below {sizes['C']}")
+        if not self.layers or not fits(tuple(x.index for x in self.layers), sizes["L"]):
+            raise bad("layers are empty or out of order", f"ascending indices below {sizes['L']}")
+        for x in self.layers:
+            for name, kept, size in (
+                ("groups", x.groups, sizes["K"]),
+                ("heads", x.heads, sizes["H"]),
+                ("neurons", x.neurons, sizes["F"]),
+            ):
+                if not fits(kept, size):
+                    raise bad(f"{name} of layer {x.index} are out of order", f"ascending indices below {size}")
+            per_group = [sum(h // group == g for h in x.heads) for g in x.groups]
+            if sum(per_group) != len(x.heads) or len(set(per_group)) > 1 or 0 in per_group:
+                raise bad(
+                    f"layer {x.index} keeps {per_group} query heads in its groups",
+                    "the same number, at least one, in every kept group and none elsewhere",
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "channels": list(self.channels),
+            "rescale_norms": self.rescale_norms,
+            "layers": [
+                {"index": x.index, "groups": list(x.groups), "heads": list(x.heads), "neurons": list(x.neurons)}
+                for x in self.layers
+            ],
+            "made_by": dict(self.made_by),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        try:
+            layers = tuple(
+                LayerPlan(x["index"], tuple(x["groups"]), tuple(x["heads"]), tuple(x["neurons"]))
+                for x in data["layers"]
+            )
+            return Plan(tuple(data["channels"]), layers, data["rescale_norms"], data["made_by"])
+        except (KeyError, TypeError) as error:
+            raise SettingsError(
+                f"not a plan: {error!r}", "a plan.json that regrow wrote", "check the path; `regrow show` prints plans"
+            ) from error

@@ -1,0 +1,110 @@
+"""Measured numbers with unit, spread, samples, seed, machine and versions: the honest part of every run.
+
+A `Report` is plain JSON. `before` and `after` hold measures under the same names, so that retention is a division
+and never a memory. What this gives up: raw samples; only means, standard errors and counts travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+CHANCE_MARGIN = 2.0  # a task counts as above chance when dense beats it by this many standard errors
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One number. `better` says which way is good; `chance` is what guessing scores, where guessing is possible."""
+
+    value: float
+    unit: str
+    better: str  # "higher", "lower" or "" when neither
+    stderr: float | None = None
+    samples: int | None = None
+    chance: float | None = None
+    how: Mapping[str, Any] = field(default_factory=dict)  # the record of how it was measured
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A run's measured results. Names of measures are paths: `text/perplexity`, `task/piqa/acc_norm`, `size/...`."""
+
+    model: Mapping[str, Any]  # id, note on the checkpoint (dequantised ...), licence, fingerprint
+    made_by: Mapping[str, Any]  # recipe, budget, criteria, spread, seed
+    shape: Mapping[str, Any]  # {"before": Shape json, "after": Shape json}
+    before: Mapping[str, Measure]
+    after: Mapping[str, Measure]
+    samples: tuple[Mapping[str, str], ...] = ()  # {"prompt", "before", "after"}
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a reader must know: carrier, chance-level tasks ...
+    stages: Mapping[str, Any] = field(default_factory=dict)  # seconds and tokens each stage took
+    training: tuple[Mapping[str, float], ...] = ()  # {"step", "tokens", "loss", ...} of the recovery
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["format"] = 1
+        data["retention"] = retention(self.before, self.after)
+        return data
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Report:
+        def measures(rows: Mapping[str, Any]) -> dict[str, Measure]:
+            return {name: Measure(**row) for name, row in rows.items()}
+
+        keep = {k: v for k, v in data.items() if k in Report.__slots__}
+        return Report(
+            **{
+                **keep,
+                "before": measures(data["before"]),
+                "after": measures(data["after"]),
+                "samples": tuple(data.get("samples", ())),
+                "notes": tuple(data.get("notes", ())),
+                "training": tuple(data.get("training", ())),
+            }
+        )
+
+
+def retention(before: Mapping[str, Measure], after: Mapping[str, Measure]) -> dict[str, float | None]:
+    """Share of the zero-shot score that is left, in three views.
+
+    raw: mean of after / mean of before, as the papers do. above_chance: mean over tasks of (after - chance) /
+    (before - chance), only over tasks where the dense model beats chance by `CHANCE_MARGIN` standard errors;
+    tasks left out are counted. gold_bits: dense bits per byte of the gold answers over the cut model's.
+    """
+
+    def choose(name: str) -> str | None:
+        for metric in ("acc_norm", "acc"):
+            if f"task/{name}/{metric}" in before and f"task/{name}/{metric}" in after:
+                return f"task/{name}/{metric}"
+        return None
+
+    tasks = sorted({key.split("/")[1] for key in before if key.startswith("task/")})
+    keys = [key for key in map(choose, tasks) if key]
+    gold = [k for k in before if k.startswith("task/") and k.endswith("/gold_bits_per_byte") and k in after]
+    above = [k for k in keys if _above_chance(before[k])]
+
+    def ratio(top: list[float], bottom: list[float]) -> float | None:
+        return sum(top) / sum(bottom) if bottom and sum(bottom) else None
+
+    corrected = [_lift(after[k], before[k].chance or 0.0) / _lift(before[k], before[k].chance or 0.0) for k in above]
+    return {
+        "raw": ratio([after[k].value for k in keys], [before[k].value for k in keys]),
+        "above_chance": sum(corrected) / len(corrected) if corrected else None,
+        "tasks": len(keys),
+        "tasks_above_chance": len(above),
+        "gold_bits": ratio([before[k].value for k in gold], [after[k].value for k in gold]),
+    }
+
+
+def _above_chance(measure: Measure) -> bool:
+    if measure.chance is None:
+        return True
+    return measure.value - measure.chance > CHANCE_MARGIN * (measure.stderr or 0.0)
+
+
+def _lift(measure: Measure, chance: float) -> float:
+    return measure.value - chance

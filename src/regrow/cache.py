@@ -1,0 +1,33 @@
+"""Where regrow keeps what it may need again: the converted demo model, scores, unfinished recoveries.
+
+Everything under one folder (`REGROW_CACHE`, else `$XDG_CACHE_HOME/regrow`, else `~/.cache/regrow`) that can be deleted
+at any time. Keys are hashes of the inputs' content, so nothing goes stale. What this gives up: eviction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir(*parts: str) -> Path:
+    """The cache folder, or a folder inside it; made when it is missing."""
+    root = os.environ.get("REGROW_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "regrow"
+    )
+    folder = Path(root, *parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def key(inputs: Mapping[str, Any]) -> str:
+    """16 hex digits that change when any input changes. `inputs` must be JSON."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,98 @@
+"""What a command prints: progress with time left on stderr, tables on stdout, JSON last."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regrow.artifacts.report import Measure, Report
+
+Progress = Callable[[str, int, int], None]
+
+
+def emit(data: Mapping[str, Any]) -> None:
+    """The last line of stdout."""
+    print(json.dumps(data))
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress | None]:
+    """A bar a task on stderr; on a terminal it moves, in a log file each task is one line. None when quiet."""
+    hush()
+    if quiet:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def say(what: str, done: int, total: int) -> None:
+            if what not in tasks or bars.tasks[tasks[what]].finished:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield say
+
+
+def hush() -> None:
+    """Libraries keep their own bars and hints to themselves."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore")
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout, as wide as it needs to be."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    sheet = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for index, name in enumerate(columns):
+        sheet.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        sheet.add_row(*row)
+    wide = sys.stdout.isatty()
+    Console(width=None if wide else 140, highlight=False).print(sheet)
+
+
+def show_report(report: Report) -> None:
+    """Before and after, side by side."""
+    rows = []
+    for name, before in report.before.items():
+        after = report.after.get(name)
+        share = f"{after.value / before.value:.3f}" if after and before.value else ""
+        rows.append([name, figure(before), figure(after), share])
+    table("", ["measure", "before", "after", "after / before"], rows)
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def figure(measure: Measure | None) -> str:
+    """One number with its standard error."""
+    if measure is None:
+        return "-"
+    value = measure.value
+    text = f"{value:,.0f}" if value == int(value) and abs(value) >= 100 else f"{value:,.4g}"
+    error = f" ±{measure.stderr:.2g}" if measure.stderr else ""
+    return f"{text}{error} {measure.unit}".strip()

@@ -1,0 +1,71 @@
+"""Runs a recipe and says what came of it: shared by `run` and `prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regrow.cli import console
+from regrow.settings import Recipe
+
+if TYPE_CHECKING:
+    from regrow.artifacts.plan import Plan
+    from regrow.artifacts.report import Report
+    from regrow.artifacts.scores import Scores
+
+
+def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
+    """Walk the road, print the table and where things are."""
+    from regrow.run import run
+
+    with console.progress(quiet) as say:
+        report = run(recipe, out, page=pages, progress=say)
+    if not quiet:
+        from regrow.cache import cache_dir, size_bytes
+
+        console.show_report(report)
+        print(f"\nmodel:  {out}\nreport: {out / 'report.html'}\nload:   {load_line(report, out)}")
+        print(f"cache:  {cache_dir()} ({size_bytes(cache_dir()) / 1e6:,.0f} MB; safe to delete)")
+    if as_json:
+        data = report.to_json()
+        console.emit({"out": str(out), **{k: data[k] for k in ("before", "after", "retention", "shape", "notes")}})
+
+
+def pages(report: Report, plan: Plan, scores: Scores, recipe: str) -> Mapping[str, str]:
+    """The files for people that lie beside the model."""
+    from regrow.page.card import model_card
+    from regrow.page.page import render
+
+    base = str(report.model.get("asked", report.model["id"]))
+    card = model_card(
+        report,
+        base_model=base,
+        licence=str(report.model.get("licence", "unknown")),
+        load_code=load_code(report, "THIS_FOLDER"),
+        recipe=recipe,
+    )
+    return {"report.html": render(report, plan, tables(scores), recipe), "README.md": card}
+
+
+def tables(scores: Scores) -> dict[str, list[list[float]]]:
+    """Scores as plain lists; a single row for channels and layers. Scores of runs of layers are not a map."""
+    found = {}
+    for unit, values in scores.table.items():
+        rows = values if values.dim() == 2 else values[None]
+        if unit != "layer" or values.dim() == 1:
+            found[unit] = rows.tolist()
+    return found
+
+
+def load_line(report: Report, out: Path | str) -> str:
+    trust = ", trust_remote_code=True" if report.model["holder"] == "heterogeneous" else ""
+    return f'AutoModelForCausalLM.from_pretrained("{out}"{trust})'
+
+
+def load_code(report: Report, out: str) -> str:
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = {load_line(report, out)}\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{out}")\n'
+    )

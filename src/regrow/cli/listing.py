@@ -1,0 +1,80 @@
+"""`regrow ls`: what there is, one line each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from regrow.cli import console
+from regrow.cli import options as o
+from regrow.errors import UnknownName
+
+Rows = list[list[str]]
+
+
+def ls(
+    kind: Annotated[str, typer.Argument(help="criteria, families, spreads, recipes, tasks or units")] = "all",
+    as_json: o.Json = False,
+) -> None:
+    """List criteria, families, spreads, recipes, tasks or units."""
+    kinds = {
+        "criteria": (["criterion", "scores", "sees", "what", "paper"], criteria),
+        "families": (["family", "model types", "cannot cut"], families),
+        "recipes": (["recipe", "what", "paper"], recipes),
+        "spreads": (["spread", "what"], spreads),
+        "tasks": (["task", "chance"], tasks),
+        "units": (["unit", "what is removed as a whole"], units),
+    }
+    if kind != "all" and kind not in kinds:
+        raise UnknownName("kind of list", kind, [*kinds, "all"], "name one of them")
+    chosen = kinds if kind == "all" else {kind: kinds[kind]}
+    found = {name: (columns, rows()) for name, (columns, rows) in chosen.items()}
+    if as_json:
+        console.emit(
+            {n: [dict(zip(columns, row, strict=True)) for row in rows] for n, (columns, rows) in found.items()}
+        )
+        return
+    for name, (columns, rows) in found.items():
+        console.table(name, columns, rows)
+
+
+def criteria() -> Rows:
+    from regrow.artifacts.sight import CRITERIA
+
+    return [[c.name, " ".join(c.units), c.sees, c.about, c.paper] for _, c in CRITERIA.items()]
+
+
+def families() -> Rows:
+    from regrow.artifacts.family import FAMILIES
+
+    return [[f.name, " ".join(f.model_types), " ".join(f.refuses) or "-"] for _, f in FAMILIES.items()]
+
+
+def recipes() -> Rows:
+    from regrow.settings import find_recipe, parse, read_recipe, recipe_names
+
+    found = [parse(read_recipe(find_recipe(name)), name) for name in recipe_names()]
+    return [[r.name, r.about, r.paper] for r in found]
+
+
+def spreads() -> Rows:
+    from regrow.artifacts.ask import SPREADS
+
+    return [[s.name, s.about] for _, s in SPREADS.items()]
+
+
+def tasks() -> Rows:
+    from regrow.engines.tasks import TASKS
+
+    return [[name, f"{task.chance:g}"] for name, task in sorted(TASKS.items())]
+
+
+def units() -> Rows:
+    return [
+        ["layer", "a decoder layer"],
+        ["group", "a key/value head with its query heads"],
+        ["head", "a query head inside its group; every group of a layer loses as many"],
+        ["neuron", "an MLP neuron"],
+        ["channel", "a hidden channel, in the whole model"],
+    ]

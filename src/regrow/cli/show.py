@@ -1,0 +1,62 @@
+"""`regrow show`: print an artifact: a plan, a report, a recipe, or a folder that holds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regrow.cli import console
+from regrow.cli import options as o
+from regrow.errors import InputError
+
+
+def show(
+    what: Annotated[str, typer.Argument(help="a folder regrow wrote, a plan.json, a report.json, or a recipe's name")],
+    as_json: o.Json = False,
+) -> None:
+    """Print a plan, a report or a recipe."""
+    from regrow.settings import find_recipe, recipe_names
+
+    path = Path(what)
+    if what in recipe_names():
+        print(find_recipe(what).read_text(), end="")
+        return
+    if path.is_dir():
+        path = path / "report.json"
+    data = read(path)
+    if not as_json:
+        if "layers" in data:
+            show_plan(data)
+        else:
+            from regrow.artifacts.report import Report
+
+            console.show_report(Report.from_json(data))
+    else:
+        console.emit(data)
+
+
+def read(path: Path) -> dict[str, object]:
+    """The JSON of an artifact. Raises `InputError` when there is none."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is no artifact: {error}",
+            "a folder regrow wrote, plan.json, report.json, a recipe",
+            "check the path",
+        ) from error
+    if not isinstance(data, dict) or not ("layers" in data or "before" in data):
+        raise InputError(f"{path} is neither a plan nor a report", "plan.json or report.json", "check the path")
+    return data
+
+
+def show_plan(data: dict[str, object]) -> None:
+    from regrow.artifacts.plan import Plan
+
+    plan = Plan.from_json(data)
+    print(plan.shape())
+    rows = [[str(x.index), str(len(x.groups)), str(len(x.heads)), str(len(x.neurons))] for x in plan.layers]
+    console.table("", ["layer", "groups", "query heads", "neurons"], rows)

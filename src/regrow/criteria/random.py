@@ -1,0 +1,11 @@
+"""Chance as a criterion: the floor that every other one must beat."""
+
+import torch
+
+from regrow.artifacts.sight import Sight, criterion
+
+
+@criterion(sees="nothing", paper="-", comparable=True, layers_by="random")
+def random(sight: Sight) -> torch.Tensor:
+    """Uniform noise from the run's seed."""
+    return torch.rand(sight.units, generator=torch.Generator().manual_seed(sight.seed))  # (units,)

@@ -1,0 +1,129 @@
+"""LoRA through peft: put adapters on, count them, merge them and prove that the merge changed nothing.
+
+Adapters go on linears inside the decoder layers, found in the live model: widths may differ from layer to layer, and a
+layer may lack a branch. What this gives up: adapters that stay apart after training; regrow always merges.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from regrow.errors import IdentityError, SettingsError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+TOLERANCE = 1e-5  # of the largest logit
+PROBE = (2, 16)  # sequences, tokens: what a merge is checked on
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.05,
+    targets: Sequence[str] | Literal["all-linear"] = "all-linear",
+    seed: int = 0,
+) -> PeftModel:
+    """Freeze `model` and add `alpha / rank * B @ A` to its linears; B starts at zero, so nothing changes yet.
+
+    `targets` are the last parts of module names, such as `("q_proj", "v_proj")`; by default every linear inside the
+    decoder layers, never the head or the embedding. The adapters are fp32 whatever the model is, and equal seeds give
+    equal adapters. Defaults are LLM-Pruner's recovery (arXiv:2305.11627). Raises `SettingsError`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _check(rank, alpha, dropout)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=_chosen(layer_linears(model), targets),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = None  # a cut model is not the one its config names; peft would ask the hub for it
+    return adapted
+
+
+def merge(model: PeftModel) -> nn.Module:
+    """The model with its adapters added to its weights, in fp32 and eval mode; peft's wrapper is gone.
+
+    The logits of the adapted model, in fp32 on a fixed probe, are compared before returning. The caller rounds to the
+    storage dtype. Raises `IdentityError` when they differ.
+    """
+    model.float().eval()
+    probe = _probe(model)
+    adapted = _logits(model, probe)
+    merged = cast(nn.Module, model.merge_and_unload())
+    merged.requires_grad_(True).eval()
+    check_same(adapted, _logits(merged, probe))
+    return merged
+
+
+def check_same(adapted: Tensor, merged: Tensor) -> None:
+    """Raise `IdentityError` unless logits (b, T, V) differ by at most `TOLERANCE` of the largest of them."""
+    scale = float(adapted.abs().max())
+    off = float((adapted - merged).abs().max())
+    if not off <= TOLERANCE * scale:
+        raise IdentityError(
+            f"merging the adapters moved the logits by {off:.3g}, where the largest is {scale:.3g}",
+            f"at most {TOLERANCE:g} of the largest",
+            "nothing was written; look for weights that are not finite, then report it",
+        )
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def layer_linears(model: nn.Module) -> list[str]:
+    """Names of the linears inside decoder layers: those on a path through a list of modules."""
+    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n.startswith(stacks)]
+
+
+def _chosen(linears: list[str], targets: Sequence[str] | str) -> list[str]:
+    """The linears that `targets` name. Raises `SettingsError` when one of them names none."""
+    wanted = ("",) if targets == "all-linear" else tuple(targets)
+    found = {end: [n for n in linears if not end or f".{n}".endswith(f".{end}")] for end in wanted}
+    for end, names in found.items():
+        if not names:
+            raise SettingsError(
+                f"adapter target {end!r} is no linear inside a decoder layer" if end else "no linear to adapt",
+                "all-linear, or any of " + ", ".join(sorted({n.rpartition(".")[2] for n in linears})),
+                "name linears of this model",
+            )
+    if not found:
+        raise SettingsError("no adapter targets", "all-linear, or at least one name", "leave targets out")
+    return sorted({n for names in found.values() for n in names})
+
+
+def _check(rank: int, alpha: float, dropout: float) -> None:
+    for came, good, allowed in (
+        (f"rank = {rank}", rank >= 1, "a whole number, at least 1"),
+        (f"alpha = {alpha}", alpha > 0, "above 0"),
+        (f"dropout = {dropout}", 0 <= dropout < 1, "0 <= dropout < 1"),
+    ):
+        if not good:
+            raise SettingsError(f"adapters with {came}", allowed, "change it; 8, 16 and 0.05 are the usual values")
+
+
+def _probe(model: nn.Module) -> Tensor:  # PROBE int64
+    source = torch.Generator().manual_seed(0)
+    vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, PROBE, generator=source).to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:  # (b, T, V) fp32
+    return cast(Tensor, model(input_ids=ids, use_cache=False).logits)

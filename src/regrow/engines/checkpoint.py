@@ -1,0 +1,285 @@
+"""Reads models and writes Hugging Face folders; success means that what was written equals what is in memory.
+
+A folder is made beside its final place, flushed to disk, reread, and only then renamed: a partial one never looks
+whole. Weights are computed in fp32 and stored in the base's own 16-bit type (fp32 stays fp32); rounding happens before
+anything is measured. What this gives up: pickled checkpoints are not read, quantised ones are refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from regrow.engines import hetero
+from regrow.engines.demo import demo_model
+from regrow.engines.tokens import check_vocabulary
+from regrow.errors import BrokenModel, IdentityError, ModelError, OutputError, QuantisedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+NOTES = "regrow.json"  # what regrow knows of a folder: id, licence, note on the checkpoint, base model
+TOLERANCE = 1e-5  # largest difference of logits, relative to their largest
+CACHED_TOLERANCE = 1e-4  # the cache adds up in another order
+
+
+def locate(model: str) -> Path:
+    """The local folder of `demo`, a folder, or a hub id (downloaded or cached)."""
+    if model == "demo":
+        return demo_model()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise BrokenModel(
+                f"{model} has no config.json",
+                "a Hugging Face model folder",
+                "check the path; an interrupted run leaves none",
+            )
+        return folder
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.onnx", "original/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model {model!r} is neither a folder here nor to be had from the hub ({type(error).__name__})",
+            "a hub id such as HuggingFaceTB/SmolLM2-135M, a local folder, or demo",
+            "check the spelling, the path and the network",
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits over the configuration and every weight file."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def notes(folder: Path) -> dict[str, Any]:
+    path = folder / NOTES
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {"id": folder.name, "licence": "unknown", "note": "", **found}
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration. Raises `QuantisedModel` for weights that are not plain floating point."""
+    data = json.loads((folder / "config.json").read_text())
+    if str(data.get("model_type", "")).startswith(hetero.PREFIX):
+        config = hetero.config_class(data["model_type"]).from_pretrained(folder)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError, OSError) as error:
+            raise ModelError(
+                f"the configuration in {folder} is not understood: {str(error).splitlines()[0]}",
+                "model types of the installed transformers",
+                "a model with its own code needs --trust-remote-code; a newer one a newer transformers",
+            ) from error
+    if getattr(config, "quantization_config", None):
+        method = dict(data["quantization_config"]).get("quant_method", "unknown method")
+        raise QuantisedModel(
+            f"{folder.name} is quantised ({method})",
+            "weights in fp32, bf16 or fp16",
+            "cut the model it was quantised from, then quantise the result",
+        )
+    return cast("PreTrainedConfig", config)
+
+
+def check_files(folder: Path) -> None:
+    """Open every weight file. Raises `BrokenModel` naming a truncated, corrupt or missing one."""
+    index = folder / "model.safetensors.index.json"
+    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    for name in sorted(wanted):
+        try:
+            with safe_open(folder / name, "pt") as file:
+                kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BrokenModel(
+                f"{folder / name} cannot be read: {error}",
+                "complete safetensors files",
+                "download or write the model again; pickled checkpoints must be converted to safetensors first",
+            ) from error
+        if not kinds <= {"F64", "F32", "F16", "BF16"}:
+            raise QuantisedModel(
+                f"{name} holds {', '.join(sorted(kinds))} weights",
+                "weights in fp32, bf16 or fp16",
+                "cut the model it was quantised from, then quantise the result",
+            )
+
+
+def read(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (eval mode, computing in `dtype`) and tokenizer. Raises `BrokenModel` for NaN weights or a misfit tokenizer."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_files(folder)
+    options: dict[str, Any] = {"dtype": dtype, "config": config}
+    if config.model_type.startswith(hetero.PREFIX):
+        model = hetero.model_class(config).from_pretrained(folder, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise BrokenModel(f"{name} holds NaN or infinite weights", "finite weights", "use another checkpoint")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise BrokenModel(
+            f"{folder} has no readable tokenizer: {str(error).splitlines()[0]}",
+            "a tokenizer beside the model",
+            "copy the tokenizer files of the base model into the folder",
+        ) from error
+    check_vocabulary(tokenizer, config.vocab_size)
+    return cast("PreTrainedModel", model.to(device).eval()), tokenizer
+
+
+def storage_dtype(folder: Path) -> torch.dtype:
+    """What the checkpoint is stored in, and so what a cut of it is stored in."""
+    name = json.loads((folder / "config.json").read_text())
+    return getattr(torch, str(name.get("dtype") or name.get("torch_dtype") or "bfloat16"))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def round_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round every parameter to a storage type and back, in place."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises `OutputError` when `out` exists, its parent cannot be written, or the disk is full.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists", "a folder that does not exist yet", "choose another --out, or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    try:
+        yield folder
+        _flush(folder)
+        folder.chmod(0o755)
+        folder.rename(out)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_out(out: Path) -> None:
+    """Raise `OutputError` now rather than after hours of work."""
+    with staged(out) as folder:
+        (folder / "probe").write_bytes(b"0")
+    shutil.rmtree(out)
+
+
+def _cannot_write(out: Path, error: OSError) -> OutputError:
+    why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    return OutputError(
+        f"{out} cannot be written: {why}", "a writable folder with room", "choose another --out, or make room"
+    )
+
+
+def _flush(folder: Path) -> None:
+    """Everything on disk before the name appears."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, code: str | None
+) -> None:
+    """Weights in `dtype`, configuration, generation settings, tokenizer, and the modelling file if there is one."""
+    weights: dict[str, Tensor] = {name: value.detach().to(dtype) for name, value in model.named_parameters()}
+    buffers = set(model.state_dict()) & {name for name, _ in model.named_buffers()}
+    weights |= {name: value for name, value in model.named_buffers() if name in buffers}
+    try:
+        save_torch_state_dict(weights, folder)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"the weights cannot be written: {error}",
+            "a writable folder with room",
+            "make room, or choose another --out",
+        ) from error
+    config = model.config
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if code is not None:
+        (folder / hetero.CODE_FILE).write_text(code)
+
+
+def probe(vocab_size: int, length: int = 48) -> Tensor:  # (1, length) int64
+    """Token ids, the same for equal arguments, on which two forms of a model are compared."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (1, length), generator=generator)
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: Tensor) -> Tensor:  # (1, T, V) fp32 on the CPU
+    output: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return output.float().cpu()
+
+
+def check_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> float:
+    """The largest difference of two logits relative to their scale. Raises `IdentityError` above `tolerance`."""
+    difference = float((ours - theirs).abs().max() / ours.abs().max())
+    if not difference <= tolerance:
+        raise IdentityError(
+            f"{what} differ by {difference:.1e} of the logits' scale",
+            f"at most {tolerance:.0e}",
+            "nothing was written; this is a layout regrow cuts wrongly: please report the model type",
+        )
+    return difference
+
+
+def reread(folder: Path, reference: Tensor, ids: Tensor, device: str = "cpu") -> PreTrainedModel:
+    """Load the folder and hold it against logits from memory, then generation with a cache against without."""
+    gc.collect()
+    model, _ = read(folder, device=device)
+    check_equal("the reloaded folder and the model in memory", reference, logits(model, ids))
+    check_equal(
+        "generation with and without a cache", reference[:, -8:], cached_logits(model, ids, 8), CACHED_TOLERANCE
+    )
+    return model
+
+
+@torch.inference_mode()
+def cached_logits(model: Any, ids: Tensor, steps: int) -> Tensor:  # (1, steps, V)
+    """Logits of the last `steps` positions, one token at a time through the key/value cache."""
+    ids = ids.to(model.device)
+    start = ids.shape[1] - steps
+    output = model(input_ids=ids[:, :start], use_cache=True)
+    found = []
+    for position in range(start, ids.shape[1]):
+        output = model(
+            input_ids=ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True
+        )
+        found.append(output.logits[:, -1].float().cpu())
+    return torch.stack(found, 1)

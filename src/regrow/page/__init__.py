@@ -1,0 +1,1 @@
+"""Floor 6: the report as one self-contained HTML page."""

@@ -1,0 +1,127 @@
+"""Stage evaluate: measured numbers of one model; called before and after a cut with the same settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regrow.artifacts.report import Measure
+from regrow.artifacts.shape import Anatomy, Shape, costs
+from regrow.engines.clock import PeakMemory, measure_speed
+from regrow.engines.perplexity import score_text
+from regrow.engines.tasks import evaluate_tasks
+from regrow.engines.texts import documents
+from regrow.errors import TextError
+from regrow.settings import Evaluate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+WORDS = 24  # new tokens of a sample
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Evaluate,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Measure]:
+    """Perplexity and bits per byte of the text, zero-shot tasks, speed and peak memory of a forward pass."""
+    found: dict[str, Measure] = {}
+    if settings.text is not None:
+        found |= measure_text(model, tokenizer, settings, progress)
+    if settings.tasks:
+        found |= evaluate_tasks(
+            model,
+            tokenizer,
+            settings.tasks,
+            limit=settings.limit,
+            batch=settings.batch,
+            seed=seed,
+            progress=progress,
+        )
+    if settings.speed:
+        with PeakMemory(model.device) as memory:
+            found |= measure_speed(model, prompt=256, decode=32, repeats=settings.repeats)
+        how = {"how": memory.how, "while": "prompts of 256 tokens and 32 decoded tokens, batch 1 and 8"}
+        found["memory/peak_bytes"] = Measure(memory.bytes, "bytes", "lower", how=how)
+    return found
+
+
+def measure_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Evaluate, progress: Progress | None = None
+) -> dict[str, Measure]:
+    """`text/NAME/perplexity` and `text/NAME/bits_per_byte`."""
+    assert settings.text is not None
+    name, text = read_text(settings.text)
+    seqlen = min(settings.seqlen, getattr(model.config, "max_position_embeddings", settings.seqlen))
+    score = score_text(
+        model, tokenizer, text, name=name, seqlen=seqlen, max_tokens=settings.max_tokens, progress=progress
+    )
+    return {
+        f"text/{name}/perplexity": Measure(
+            score.perplexity, "perplexity", "lower", score.perplexity_stderr, score.tokens, how=score.record
+        ),
+        f"text/{name}/bits_per_byte": Measure(
+            score.bits_per_byte, "bits/byte", "lower", score.bits_per_byte_stderr, score.tokens, how=score.record
+        ),
+    }
+
+
+def read_text(source: str) -> tuple[str, str]:
+    """(name, text): a file as it is, or the held-out documents of a source of several, joined by blank lines."""
+    path = Path(source)
+    if path.is_file():
+        try:
+            return path.name, path.read_text()
+        except UnicodeDecodeError as error:
+            raise TextError(
+                f"{path} is not text ({error.reason})", "a UTF-8 text file", "convert it to UTF-8"
+            ) from error
+    return f"{source.replace('/', '-')} held out", "\n\n".join(d.text for d in documents(source, "heldout"))
+
+
+def sizes(anatomy: Anatomy, shape: Shape) -> dict[str, Measure]:
+    """`size/...`: every count of a shape."""
+    units = {"file_bytes": "bytes", "kv_bytes_per_token": "bytes per token", "flops_per_token": "FLOPs"}
+    found = costs(anatomy, shape).to_json()
+    context = found.pop("context")
+    return {
+        f"size/{name}": Measure(
+            value, units.get(name, ""), "lower", how={"context": context} if "flops" in name else {}
+        )
+        for name, value in found.items()
+    }
+
+
+@torch.inference_mode()
+def write_samples(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[str]:
+    """Greedy continuations, through the chat template where the tokenizer has one and the prompt is a question."""
+    found = []
+    for prompt in prompts:
+        if tokenizer.chat_template and prompt.rstrip().endswith("?"):
+            chat = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        else:
+            text = prompt
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        mask = torch.ones_like(ids)
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=WORDS,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+        )
+        found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return found

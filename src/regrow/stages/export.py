@@ -1,0 +1,34 @@
+"""Stage export: a folder that stock tools load, written whole or not at all, and reread before success is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regrow.artifacts.plan import Plan
+from regrow.engines import checkpoint
+from regrow.engines.bind import Subject
+from regrow.engines.hetero import Holder
+
+
+def export(
+    subject: Subject, holder: Holder, plan: Plan, out: Path, files: Mapping[str, str], base: Mapping[str, Any]
+) -> None:
+    """Write the cut model, its plan and `files` (name -> text) to `out`, which must not exist.
+
+    The model is freed before the folder is read back, so two are never held. `subject.model` is the reread one
+    afterwards. Raises `IdentityError` when disk and memory disagree, `OutputError` when the folder cannot be written.
+    """
+    ids = checkpoint.probe(subject.anatomy.sizes["V"])
+    reference = checkpoint.logits(subject.model, ids)
+    device = str(subject.model.device)
+    with checkpoint.staged(out) as folder:
+        checkpoint.write(subject.model, subject.tokenizer, folder, subject.store, holder.code)
+        (folder / "plan.json").write_text(json.dumps(plan.to_json()))
+        (folder / checkpoint.NOTES).write_text(json.dumps(dict(base), indent=1))
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        del subject.model
+        subject.model = checkpoint.reread(folder, reference, ids, device)

@@ -1,0 +1,54 @@
+"""Stage load: a name becomes a subject, the model with its tokenizer and anatomy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regrow.engines import checkpoint
+from regrow.engines.bind import Subject, bind
+from regrow.errors import SettingsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(model: str, *, dtype: str = "fp32", device: str = "auto", trust_remote_code: bool = False) -> Subject:
+    """Read the model and find what can be cut. Computes in `dtype`; `device` is auto, cpu, cuda, cuda:1, mps ...
+
+    Raises `ModelError` for anything that cannot be cut, with the reason.
+    """
+    folder = checkpoint.locate(model)
+    anatomy = bind(checkpoint.read_config(folder, trust_remote_code=trust_remote_code))
+    loaded, tokenizer, source = read_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return Subject(loaded, tokenizer, anatomy, source, checkpoint.storage_dtype(folder))
+
+
+def read_model(
+    model: str, *, dtype: str = "fp32", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Model, tokenizer and a record of what they are, for any causal LM, whether it can be cut or not."""
+    folder = checkpoint.locate(model)
+    loaded, tokenizer = checkpoint.read(
+        folder, dtype=as_dtype(dtype), device=pick_device(device), trust_remote_code=trust_remote_code
+    )
+    source = {**checkpoint.notes(folder), "path": str(folder), "fingerprint": checkpoint.fingerprint(folder)}
+    return loaded, tokenizer, source if model == "demo" else {**source, "asked": model}
+
+
+def as_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise SettingsError(f"dtype {name!r}", ", ".join(DTYPES), "use fp32 on a CPU, bf16 on a recent GPU")
+    return DTYPES[name]
+
+
+def pick_device(name: str) -> str:
+    if name != "auto":
+        try:
+            return str(torch.device(name))
+        except RuntimeError as error:
+            raise SettingsError(f"device {name!r}", "auto, cpu, cuda, cuda:N, mps", "use --device auto") from error
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,292 @@
+"""Stage plan: which units stay so that the budget is met, exactly where units are small enough.
+
+The cut is one number `x`: every axis named loses a share `weight * x` of its units. Coarse axes are rounded, then the
+finest axis is set so that the count lands on the budget, never above it. What this gives up: trading one axis
+against another by their scores; that is a search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.artifacts.ask import SPREADS, Ask
+from regrow.artifacts.budget import Budget
+from regrow.artifacts.family import UNITS, Unit
+from regrow.artifacts.plan import LayerPlan, Plan
+from regrow.artifacts.scores import Scores
+from regrow.artifacts.shape import Anatomy, Shape, even
+from regrow.errors import BudgetError, InputError
+
+FINEST: tuple[Unit, ...] = ("neuron", "channel", "head", "group", "layer")  # smallest unit first
+DIVISORS: dict[Unit, int] = {"neuron": 32, "channel": 64, "head": 1, "group": 1, "layer": 1}
+STEPS = 400  # values of x that are tried
+REPAIRS = 4  # groups and heads multiply, so their count hangs on which layers keep which; set right afterwards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """How a budget is to be met."""
+
+    budget: Budget
+    axes: tuple[Unit, ...] = ("neuron", "group")
+    split: Mapping[Unit, float] = field(default_factory=dict)  # share of x each axis loses; 1 unless named
+    spread: str = "uniform"
+    uniform: bool = False  # the same widths in every layer
+    divisors: Mapping[Unit, int] = field(default_factory=dict)  # widths are multiples; only when uniform
+    rescale_norms: bool = False
+
+
+def check_axes(anatomy: Anatomy, axes: Sequence[Unit]) -> None:
+    """Raise `InputError` for an axis this model cannot be cut along, with the reason."""
+    for unit in axes:
+        if unit not in anatomy.supported:
+            why = anatomy.family.refuses.get(unit, "every group is a single query head: cut groups")
+            raise InputError(
+                f"{unit}s of this {anatomy.model_type} model cannot be cut: {why}",
+                f"axes: {', '.join(anatomy.supported)}",
+                "name other --axes",
+            )
+
+
+def make_plan(anatomy: Anatomy, scores: Scores, wish: Wish) -> Plan:
+    """The plan that meets the budget. Raises `BudgetError` naming the nearest budget that can be met."""
+    check_axes(anatomy, wish.axes)
+    target = wish.budget.target(anatomy)
+    totals = meet(anatomy, wish, target)
+    plan = _realise(anatomy, scores, wish, totals)
+    for _ in range(REPAIRS):
+        excess = wish.budget.count(anatomy, plan.shape()) - target
+        finest, unit = _finest(anatomy, wish, totals)
+        if target >= wish.budget.count(anatomy, anatomy.dense) or -unit < excess <= 0:
+            break
+        totals[finest] = min(totals[finest] - -(-excess // unit), _full(anatomy, finest, totals.get("layer")))
+        plan = _realise(anatomy, scores, wish, totals)
+    plan.check(anatomy)
+    return plan
+
+
+def _finest(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tuple[Unit, int]:
+    """The axis that lands the count on the budget, and what one step of it counts."""
+    axes = [unit for unit in FINEST if unit in totals]
+    finest = next((unit for unit in axes if _moves(anatomy, wish, unit)), axes[0])
+    layers = totals.get("layer", anatomy.sizes["L"])
+    step = _step(anatomy, wish, finest, layers)
+    less = {**totals, finest: max(totals[finest] - step, _least(anatomy, wish, finest, layers))}
+    more = {**less, finest: less[finest] + step}
+    return finest, max(
+        1, wish.budget.count(anatomy, even(anatomy, more)) - wish.budget.count(anatomy, even(anatomy, less))
+    )
+
+
+def meet(anatomy: Anatomy, wish: Wish, target: int) -> dict[Unit, int]:
+    """Units to keep of each axis, over all layers that stay, for the largest model within the target."""
+    axes = [unit for unit in FINEST if unit in wish.axes]
+    dense = wish.budget.count(anatomy, anatomy.dense)
+    if target >= dense:
+        return {unit: _full(anatomy, unit) for unit in axes}
+    finest, _ = _finest(anatomy, wish, {unit: _full(anatomy, unit) for unit in axes})
+    roundings = (_rounded(anatomy, wish, axes, step / STEPS) for step in range(STEPS + 1))
+    tried = {tuple((unit, total) for unit, total in r.items() if unit != finest) for r in roundings}
+    filled = (_fill(anatomy, wish, dict(coarse), finest, target) for coarse in sorted(tried))
+    best = min((f for f in filled if f is not None), key=partial(_unevenness, anatomy, wish), default=None)
+    if best is None:
+        raise _unmet(anatomy, wish, target, axes)
+    return best
+
+
+def _full(anatomy: Anatomy, unit: Unit, layers: int | None = None) -> int:
+    """All units of an axis: per model for layers and channels, over `layers` layers for the others."""
+    if unit in ("layer", "channel"):
+        return anatomy.units(unit)
+    each = anatomy.sizes["G"] if unit == "head" else anatomy.units(unit)
+    return each * (anatomy.sizes["L"] if layers is None else layers)
+
+
+def _step(anatomy: Anatomy, wish: Wish, unit: Unit, layers: int) -> int:
+    """The smallest change of a total: one unit, or a divisor in every layer when widths are uniform."""
+    if not wish.uniform:
+        return 1
+    divisor = wish.divisors.get(unit, DIVISORS[unit])
+    return divisor if unit in ("layer", "channel") else divisor * layers
+
+
+def _least(anatomy: Anatomy, wish: Wish, unit: Unit, layers: int) -> int:
+    step = _step(anatomy, wish, unit, layers)
+    return step if unit in ("layer", "channel") else max(step, layers)
+
+
+def _rounded(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], x: float) -> dict[Unit, int]:
+    """Every axis cut by its share of `x`, rounded to whole steps, layers first since the others count over them."""
+    totals: dict[Unit, int] = {}
+    for unit in reversed(axes):
+        layers = totals.get("layer", anatomy.sizes["L"])
+        full, step = _full(anatomy, unit, layers), _step(anatomy, wish, unit, layers)
+        keep = full * max(0.0, 1 - wish.split.get(unit, 1.0) * x)
+        totals[unit] = min(full, max(_least(anatomy, wish, unit, layers), round(keep / step) * step))
+    return totals
+
+
+def _fill(
+    anatomy: Anatomy, wish: Wish, coarse: Mapping[Unit, int], finest: Unit, target: int
+) -> dict[Unit, int] | None:
+    """Set the finest axis to the largest total within the target; None when even its least is too much.
+
+    Every count is linear in the units of one axis, so two counts tell them all.
+    """
+    layers = coarse.get("layer", anatomy.sizes["L"])
+    step, full = _step(anatomy, wish, finest, layers), _full(anatomy, finest, layers)
+    least = _least(anatomy, wish, finest, layers)
+
+    def count(total: int) -> int:
+        return wish.budget.count(anatomy, even(anatomy, {**coarse, finest: total}))
+
+    lowest, highest = count(least), count(full)
+    if lowest > target:
+        return None
+    if highest <= target:
+        return {**coarse, finest: full}
+    total = least + (full - least) * (target - lowest) // (highest - lowest) // step * step
+    return {**coarse, finest: total}
+
+
+def _unevenness(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tuple[float, float]:
+    """How far the axes are from losing the shares asked for; ties go to the larger model."""
+    layers = totals.get("layer", anatomy.sizes["L"])
+    lost = [
+        (1 - totals[unit] / _full(anatomy, unit, layers)) / wish.split.get(unit, 1.0)
+        for unit in totals
+        if wish.split.get(unit, 1.0) > 0
+    ]
+    spread = max(lost) - min(lost) if lost else 0.0
+    count = wish.budget.count(anatomy, even(anatomy, totals))
+    return (round(spread, 3) if len(lost) > 1 else 0.0, -count)
+
+
+def _moves(anatomy: Anatomy, wish: Wish, unit: Unit) -> bool:
+    """True when cutting this axis changes what the budget counts."""
+    less = {unit: _least(anatomy, wish, unit, anatomy.sizes["L"])}
+    return wish.split.get(unit, 1.0) > 0 and wish.budget.count(anatomy, even(anatomy, less)) < wish.budget.count(
+        anatomy, anatomy.dense
+    )
+
+
+def _unmet(anatomy: Anatomy, wish: Wish, target: int, axes: Sequence[Unit]) -> BudgetError:
+    layers = _least(anatomy, wish, "layer", 0) if "layer" in axes else anatomy.sizes["L"]
+    least: dict[Unit, int] = {unit: _least(anatomy, wish, unit, layers) for unit in axes}
+    nearest = wish.budget.count(anatomy, even(anatomy, least))
+    dense = wish.budget.count(anatomy, anatomy.dense)
+    what = wish.budget.measure.replace("_", " ")
+    return BudgetError(
+        f"budget {wish.budget.text} ({target:,} {what}) cannot be met by cutting {', '.join(axes)}",
+        f"at least {nearest:,} {what} ({100 * nearest / dense:.1f} % of {dense:,})",
+        "ask for more, or name more --axes (layer, group, head, neuron, channel)",
+    )
+
+
+def _realise(anatomy: Anatomy, scores: Scores, wish: Wish, totals: Mapping[Unit, int]) -> Plan:
+    """Choose the units: layers first, then each axis among the layers that stay."""
+    sizes = anatomy.sizes
+    layers = keep_layers(scores.table["layer"], totals["layer"]) if "layer" in totals else list(range(sizes["L"]))
+    channels = tuple(range(sizes["C"]))
+    if "channel" in totals:
+        channels = _best(scores.table["channel"], totals["channel"])
+    groups = _per_layer(scores, wish, "group", layers, totals, sizes["K"])
+    slots = _head_slots(scores.table["head"], sizes["K"]) if "head" in totals else None
+    heads = _per_layer(scores, wish, "head", layers, totals, sizes["G"], slots)
+    neurons = _per_layer(scores, wish, "neuron", layers, totals, sizes["F"])
+    rows = []
+    for position, index in enumerate(layers):
+        kept = _best(scores.table["group"][index], groups[position]) if "group" in totals else tuple(range(sizes["K"]))
+        rows.append(
+            LayerPlan(
+                index,
+                kept,
+                _heads_in(scores, index, kept, heads[position], sizes["G"]),
+                _best(scores.table["neuron"][index], neurons[position])
+                if "neuron" in totals
+                else tuple(range(sizes["F"])),
+            )
+        )
+    return Plan(channels, tuple(rows), wish.rescale_norms, _record(scores, wish))
+
+
+def _per_layer(
+    scores: Scores,
+    wish: Wish,
+    unit: Unit,
+    layers: Sequence[int],
+    totals: Mapping[Unit, int],
+    full: int,
+    table: Tensor | None = None,
+) -> list[int]:
+    """Units of this kind that each remaining layer keeps."""
+    if unit not in totals:
+        return [full] * len(layers)
+    if wish.uniform:
+        return [totals[unit] // len(layers)] * len(layers)
+    table = scores.table[unit] if table is None else table
+    ask = Ask(totals[unit], table[list(layers)], comparable=scores.comparable(unit))
+    return SPREADS.get(wish.spread).share(ask)
+
+
+def _head_slots(table: Tensor, groups: int) -> Tensor:
+    """(L, H) -> (L, G): what a layer loses with its n-th best query head of every group, best first."""
+    per_group = table.view(len(table), groups, -1)  # (L, K, G)
+    return per_group.sort(dim=2, descending=True).values.sum(1)
+
+
+def _heads_in(scores: Scores, layer: int, groups: Sequence[int], keep: int, size: int) -> tuple[int, ...]:
+    """The best `keep` query heads of each kept group, as indices over the whole layer."""
+    if keep == size:
+        return tuple(g * size + h for g in groups for h in range(size))
+    table = scores.table["head"][layer].view(-1, size)  # (K, G)
+    return tuple(g * size + h for g in groups for h in _best(table[g], keep))
+
+
+def keep_layers(scores: Tensor, keep: int) -> list[int]:
+    """Layers that stay, by their scores (L,), or around the cheapest run of the right length when given (L, L+1)."""
+    count = len(scores)
+    if scores.dim() == 1:
+        return list(_best(scores, keep))
+    length = count - keep
+    if length == 0:
+        return list(range(count))
+    costs_of_runs = torch.stack([scores[i, i + length] for i in range(count - length + 1)])
+    start = int(costs_of_runs.argmin())
+    return [i for i in range(count) if not start <= i < start + length]
+
+
+def _best(scores: Tensor, keep: int) -> tuple[int, ...]:
+    """Ascending indices of the `keep` highest scores; ties go to the lower index."""
+    return tuple(sorted(scores.argsort(descending=True, stable=True)[:keep].tolist()))
+
+
+def _record(scores: Scores, wish: Wish) -> dict[str, Any]:
+    return {
+        "budget": wish.budget.text,
+        "axes": list(wish.axes),
+        "split": {unit: wish.split.get(unit, 1.0) for unit in wish.axes},
+        "spread": "uniform widths" if wish.uniform else wish.spread,
+        "scores": dict(scores.made_by),
+    }
+
+
+def loss_by_axis(anatomy: Anatomy, shape: Shape) -> dict[str, float]:
+    """The split that was realised: share of the units of each kind that is gone."""
+    dense, layers = anatomy.dense, len(shape.layers)
+    gone: dict[str, float] = {
+        "layer": 1 - layers / len(dense.layers),
+        "group": 1 - sum(x.groups for x in shape.layers) / (layers * anatomy.sizes["K"]),
+        "head": 1
+        - sum(x.heads for x in shape.layers if x.groups)
+        / (sum(bool(x.groups) for x in shape.layers) * anatomy.sizes["G"] or 1),
+        "neuron": 1 - sum(x.neurons for x in shape.layers) / (layers * anatomy.sizes["F"]),
+        "channel": 1 - shape.channels / dense.channels,
+    }
+    return {unit: round(gone[unit], 4) for unit in UNITS}

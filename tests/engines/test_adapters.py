@@ -1,0 +1,209 @@
+"""Adapters change nothing until trained, and merging them changes nothing after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from regrow.engines.adapters import add_lora, check_same, layer_linears, merge, trainable_parameters
+from regrow.errors import IdentityError, SettingsError
+
+IDS = torch.arange(24).reshape(2, 12)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: a second thread only waits, on a busy machine for very long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class NoAttention(nn.Module):
+    """Stands where a layer's attention was."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class NoMLP(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def tiny(*, layers: int = 2, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def uneven() -> LlamaForCausalLM:
+    """Layer 0 has a narrow MLP, layer 1 no attention, layer 2 no MLP."""
+    model = tiny(layers=3)
+    narrow = LlamaConfig(**{**model.config.to_dict(), "intermediate_size": 20})
+    model.model.layers[0].mlp = LlamaMLP(narrow)
+    model.model.layers[1].self_attn = NoAttention()
+    model.model.layers[2].mlp = NoMLP()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def disturb(model: nn.Module, scale: float = 0.2) -> None:
+    """What training would do: B is no longer zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=scale)
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: tiny(tied=True), uneven])
+def test_fresh_adapters_change_nothing(make: Any) -> None:
+    model = make()
+    before = logits(model)
+    assert torch.equal(logits(add_lora(model).eval()), before)
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: tiny(tied=True), uneven])
+def test_merged_equals_adapted(make: Any) -> None:
+    model = make()
+    names = set(model.state_dict())
+    base = logits(model)
+    adapted = add_lora(model)
+    disturb(adapted)
+    expected = logits(adapted.eval())
+    assert (expected - base).abs().max() > 0.1 * base.abs().max(), "the adapters must matter for this test to see"
+    merged = merge(adapted.train())
+    assert (logits(merged) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert type(merged) is type(model)
+    assert set(merged.state_dict()) == names
+    assert not hasattr(merged, "peft_config")
+    assert not merged.training
+    assert all(p.requires_grad for p in merged.parameters())
+
+
+def test_merged_model_saves_as_a_plain_one(tmp_path: Any) -> None:
+    adapted = add_lora(tiny())
+    disturb(adapted)
+    merged = merge(adapted)
+    merged.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
+def test_a_disturbed_merge_is_refused() -> None:
+    adapted = add_lora(tiny())
+    disturb(adapted)
+    expected = logits(adapted.eval())
+    merged = merge(adapted)
+    check_same(expected, logits(merged))
+    with torch.no_grad():
+        merged.model.layers[1].mlp.down_proj.weight[3, 5] += 0.05
+    with pytest.raises(IdentityError, match="moved the logits"):
+        check_same(expected, logits(merged))
+    with pytest.raises(IdentityError):
+        check_same(expected, torch.full_like(expected, torch.nan))
+
+
+def test_merge_itself_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import Linear
+
+    adapted = add_lora(tiny())
+    disturb(adapted)
+    whole = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 0.99 * whole(self, name))
+    with pytest.raises(IdentityError, match="nothing was written"):
+        merge(adapted)
+
+
+def test_half_precision_merges_in_fp32() -> None:
+    model = tiny().to(torch.bfloat16)
+    adapted = add_lora(model)
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    disturb(adapted)
+    assert {p.dtype for p in merge(adapted).parameters()} == {torch.float32}
+
+
+def test_every_layer_linear_and_nothing_else() -> None:
+    adapted = add_lora(tiny())
+    held = {n.split(".lora_A")[0].rpartition(".")[2] for n, p in adapted.named_parameters() if "lora_A" in n}
+    assert held == set(PROJECTIONS)
+    assert not [n for n, p in adapted.named_parameters() if p.requires_grad and "lora_" not in n]
+    assert not [n for n, _ in adapted.named_parameters() if "lora_" in n and ("lm_head" in n or "embed" in n)]
+
+
+def test_count_by_hand() -> None:
+    """rank * (in + out) a linear: q, o 32+32; k, v 32+16; gate, up, down 32+48."""
+    by_layer = 2 * 64 + 2 * 48 + 3 * 80
+    assert trainable_parameters(add_lora(tiny(), rank=4)) == 2 * 4 * by_layer
+    assert trainable_parameters(add_lora(tiny(), rank=4, targets=("q_proj", "v_proj"))) == 2 * 4 * (64 + 48)
+
+
+def test_uneven_layers_get_adapters_of_their_own_width() -> None:
+    model = uneven()
+    adapted = add_lora(model, rank=4)
+    widths = {n: tuple(p.shape) for n, p in adapted.named_parameters() if p.requires_grad}
+    inside = {n.split("layers.")[1].replace(".default.weight", ""): shape for n, shape in widths.items()}
+    assert inside["0.mlp.down_proj.lora_A"] == (4, 20)
+    assert inside["1.mlp.down_proj.lora_A"] == (4, 48)
+    assert not [n for n in inside if n.startswith(("1.self_attn", "2.mlp"))]
+    assert len(inside) == 2 * (7 + 3 + 4)
+
+
+def test_linears_of_a_layer_list_only() -> None:
+    found = layer_linears(uneven())
+    assert len(found) == 14
+    assert all(name.startswith("model.layers.") for name in found)
+
+
+def test_equal_seeds_give_equal_adapters() -> None:
+    def first(seed: int) -> Tensor:
+        model = tiny()
+        before = torch.get_rng_state()
+        adapted = add_lora(model, seed=seed)
+        assert torch.equal(before, torch.get_rng_state())
+        return next(p.detach() for n, p in adapted.named_parameters() if "lora_A" in n)
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rank": 0}, "rank = 0"),
+        ({"alpha": 0}, "alpha = 0"),
+        ({"dropout": 1.0}, "dropout = 1"),
+        ({"targets": ("q_proj", "lm_head")}, "'lm_head' is no linear inside"),
+        ({"targets": ("proj",)}, "'proj' is no linear inside"),
+        ({"targets": ()}, "no adapter targets"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(SettingsError, match=match):
+        add_lora(tiny(), **options)
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(SettingsError, match="no linear to adapt"):
+        add_lora(nn.Sequential(nn.Linear(2, 2)))

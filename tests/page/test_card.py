@@ -1,0 +1,83 @@
+"""The model card: front matter that parses, the same rows as the page, text that cannot break out of its place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import yaml
+
+from regrow.artifacts.report import Report
+from regrow.page.card import markdown_table, model_card
+from regrow.page.rows import groups
+
+LOAD = "from transformers import AutoModelForCausalLM"
+
+
+def card(report: Report, **changes: Any) -> str:
+    given = {"base_model": "org/model", "licence": "apache-2.0", "load_code": LOAD, "recipe": "budget: 80%\n"}
+    return model_card(report, **{**given, **changes})
+
+
+def test_the_table_has_a_row_a_measure(report: Report) -> None:
+    lines = markdown_table(report).splitlines()
+    found = groups(report)
+    assert len(lines) == 2 + len(found) + sum(len(group.rows) for group in found)
+    assert {line.count("|") for line in lines} == {8}
+    assert "| perplexity | 17.20 ± 0.11 | 18.94 ± 0.11 | perplexity | ×1.10 | ▲ worse | 164 |" in lines
+    assert "| winogrande acc | 52.4 ± 1.4 % (at chance) | 51.9 ± 1.4 % (at chance) |" in "\n".join(lines)
+
+
+def test_the_front_matter_parses(report: Report) -> None:
+    _, front, rest = card(report, base_model="org/model: a 'b'", licence="other").split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "org/model: a 'b'",
+        "license": "other",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "regrow"],
+    }
+    assert "\n# org/model: a 'b', cut back and regrown\n" in rest
+
+
+def test_the_card_says_what_was_cut_how_to_load_and_what_to_mind(report: Report) -> None:
+    text = card(report)
+    for part in (
+        "Asked for 80 % of decoder weights, reached 80.0 %.",
+        "- after: 29 layers x (2..3 groups of 3 heads, 1040..1520 neurons), 576 channels",
+        f"```python\n{LOAD}\n```",
+        "```yaml\nbudget: 80%\n```",
+        "**80.9 %** (5 of 7 tasks above chance)",
+        "Layers differ in width",
+        "no zeros in place",
+        "boolq is below",
+    ):
+        assert part in text
+    assert text.index("dequantised 4-bit (Q4_1)") < text.index("| Measure |")
+
+
+def test_zeros_are_not_sold_as_a_smaller_model(report: Report) -> None:
+    same = dataclasses.replace(report, shape=dict.fromkeys(("before", "after"), report.shape["before"]))
+    assert "neither file nor memory shrinks" in card(same)
+    assert "Layers differ" not in card(same)
+    assert "neither file nor memory shrinks" not in card(report)
+
+
+def test_text_cannot_break_out(report: Report) -> None:
+    before = {**report.before, "task/a|b<script>/acc": report.before["task/piqa/acc"]}
+    evil = dataclasses.replace(report, before=before, notes=("<script>",), model={"id": "x", "note": "<script>"})
+    text = card(evil, recipe="a: |\n  ```\n  ````\n", base_model="<script>")
+    body = text.split("---\n", 2)[2]
+    assert "<script" not in body
+    assert "a\\|b&lt;script>" in body
+    assert "`````yaml\n" in body
+    lines = markdown_table(evil).splitlines()
+    assert {line.replace("\\|", "").count("|") for line in lines} == {8}
+
+
+@pytest.mark.parametrize("without", [{"shape": {}, "made_by": {}}, {"before": {}, "after": {}}, {"model": {"id": "x"}}])
+def test_a_card_of_less(report: Report, without: dict[str, Any]) -> None:
+    text = card(dataclasses.replace(report, **without))
+    assert "## Limits" in text
+    assert "None" not in text
