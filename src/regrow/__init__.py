@@ -44,7 +44,7 @@ _HOMES = {
 }
 
 __version__ = "0.1.0"
-__all__ = [  # noqa: RUF022
+__all__ = [
     "Branch", "Budget", "Cut", "Family", "Plan", "Recipe", "RegrowError", "Report", "Scores", "Shape", "Sight",
     "costs", "count", "criterion", "declare", "gated", "load", "prune",
 ]  # fmt: skip

@@ -21,6 +21,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+
+PLURALS = {"criterion": "criteria", "axis": "axes", "kind of list": "kinds of list"}
+
+
+def guess(name: str, known: Iterable[str]) -> str:
+    """`, did you mean 'neuron'?` when a known name is near, else a full stop."""
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f", did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
 
 
 class RegrowError(Exception):
@@ -32,7 +42,7 @@ class RegrowError(Exception):
         self.came, self.allowed, self.todo = came, allowed, todo
         super().__init__(f"{came}\n  allowed: {allowed}\n  next:    {todo}")
 
-    def __reduce__(self) -> tuple[type[RegrowError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.came, self.allowed, self.todo)
 
 
@@ -45,18 +55,16 @@ class UnknownName(InputError):
 
     def __init__(self, noun: str, name: str, names: Iterable[str], todo: str = "") -> None:
         known = sorted(names)
-        near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-        guess = f", did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
-        plural = noun[:-1] + "ies" if noun.endswith("y") else "criteria" if noun == "criterion" else noun + "s"
+        plural = PLURALS.get(noun, noun[:-1] + "ies" if noun.endswith("y") else noun + "s")
         super().__init__(
-            f"unknown {noun} {name!r}{guess}",
+            f"unknown {noun} {name!r}{guess(name, known)}",
             f"{plural}: {', '.join(known)}",
             todo or "pick one of them; `regrow ls` prints them all with one line each",
         )
         self.noun, self.name, self.names = noun, name, known
 
-    def __reduce__(self) -> tuple[type[RegrowError], tuple[str, str, str]]:
-        return RegrowError, (self.came, self.allowed, self.todo)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UnknownName, (self.noun, self.name, self.names, self.todo)
 
 
 class SettingsError(InputError):

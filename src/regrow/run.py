@@ -1,4 +1,4 @@
-"""The stages in order: load, score, plan, apply, recover, evaluate, export. Each result is kept under a key of its inputs.
+"""The stages in order: load, score, plan, apply, recover, evaluate, export; results are kept under keys of their inputs.
 
 Another ratio on the same scores costs no second calibration; an interrupted recovery goes on where it stopped; the
 dense model is measured once. What this gives up: distributed runs of the whole road (the recovery alone can be).

@@ -6,16 +6,19 @@ and environment variables in recipes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from regrow.errors import SettingsError, UnknownName
+from regrow.errors import InputError, SettingsError, UnknownName, guess
 
 Axis = Literal["layer", "group", "head", "neuron", "channel"]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Step = Annotated[int, Field(ge=1)]
 
 
 class _Part(BaseModel):
@@ -26,25 +29,25 @@ class Calibration(_Part):
     """Text that scores are measured on. Only the calibration part of a source is used."""
 
     text: str = "demo"
-    tokens: int = Field(8192, ge=1)
-    block: int = Field(256, ge=8)
+    tokens: int = Field(default=8192, ge=1)
+    block: int = Field(default=256, ge=8)
 
 
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 
     method: Literal["lora", "full"] = "lora"
-    tokens: int = Field(100_000, ge=0)
+    tokens: int = Field(default=100_000, ge=0)
     text: str = "demo"
-    block: int = Field(256, ge=8)
-    learning_rate: float = Field(3e-4, gt=0)
+    block: int = Field(default=256, ge=8)
+    learning_rate: float = Field(default=3e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1)
-    batch: int = Field(8, ge=1)
-    micro_batch: int = Field(4, ge=1)
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    batch: int = Field(default=8, ge=1)
+    micro_batch: int = Field(default=4, ge=1)
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
     checkpointing: bool = False
 
 
@@ -52,13 +55,13 @@ class Evaluate(_Part):
     """What is measured before and after. `text` is a file, or `demo` for the held-out part of the demo texts."""
 
     text: str | None = "demo"
-    seqlen: int = Field(1024, ge=8)
-    max_tokens: int | None = Field(8192, ge=8)
+    seqlen: int = Field(default=1024, ge=8)
+    max_tokens: int | None = Field(default=8192, ge=8)
     tasks: tuple[str, ...] = ()
-    limit: int | None = Field(None, ge=1)
-    batch: int = Field(8, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=8, ge=1)
     speed: bool = True
-    repeats: int = Field(3, ge=1)
+    repeats: int = Field(default=3, ge=1)
     samples: tuple[str, ...] = ("The largest river of the continent", "Why does bread rise?", "She opened the door and")
 
 
@@ -70,20 +73,20 @@ class Recipe(_Part):
     paper: str = ""
     model: str = "demo"
     keep: str = "80%"
-    axes: tuple[Axis, ...] = ("neuron", "group")
-    split: dict[Axis, float] = Field(default_factory=dict)
+    axes: tuple[Axis, ...] = Field(default=("neuron", "group"), min_length=1)
+    split: dict[Axis, Share] = Field(default_factory=dict)
     criterion: str = "taylor"
     criteria: dict[Axis, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
     reduce: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     spread: str = "uniform"
     uniform: bool = False
-    divisors: dict[Axis, int] = Field(default_factory=dict)
+    divisors: dict[Axis, Step] = Field(default_factory=dict)
     rescale_norms: bool = False
     calibration: Calibration = Calibration()
     recover: Recover | None = None
     evaluate: Evaluate = Evaluate()
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     trust_remote_code: bool = False
@@ -92,15 +95,24 @@ class Recipe(_Part):
 def parse(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from plain data. Raises `UnknownName` for a key nobody knows and `SettingsError` for a bad value."""
     try:
-        return Recipe(**data)
+        return Recipe.model_validate(dict(data))
     except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
-        if first["type"] == "extra_forbidden":
-            raise UnknownName("recipe key", ".".join(path), _keys(path[:-1]), f"correct the key in {where}") from error
-        raise SettingsError(
-            f"{where}: {'.'.join(path)} = {first['input']!r}", first["msg"], "correct the value"
-        ) from error
+        raise _explained(error, where) from error
+
+
+def _explained(error: ValidationError, where: str) -> InputError:
+    """The first complaint in our words."""
+    first = error.errors()[0]
+    path, came = [str(part) for part in first["loc"] if part != "[key]"], first["input"]
+    if first["type"] == "extra_forbidden":
+        return UnknownName("recipe key", ".".join(path), _keys(path[:-1]), f"correct the key in {where}")
+    if first["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        what = "axis" if path[0] in ("axes", "split", "criteria", "divisors") else ".".join(path)
+        return SettingsError(
+            f"{where}: unknown {what} {came!r}{guess(str(came), known)}", ", ".join(known), "name one of them"
+        )
+    return SettingsError(f"{where}: {'.'.join(path)} = {came!r}", first["msg"], "correct the value")
 
 
 def _keys(path: list[str]) -> list[str]:
@@ -145,7 +157,8 @@ def overlay(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     merged = dict(data)
     for key, value in changes.items():
         if isinstance(value, Mapping):
-            merged[key] = overlay(merged.get(key) or {}, value)
+            below = merged.get(key)
+            merged[key] = overlay(below if isinstance(below, Mapping) else {}, value)
         elif value is not None:
             merged[key] = value
     return merged

@@ -184,6 +184,19 @@ def test_silent_and_leaves_no_trace(
     assert logging.getLogger("lm_eval").level == level
 
 
+def test_long_prompts_make_small_batches(
+    model: Any, tokenizer: Any, answers: dict[str, Items], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "LOGITS", 256 * 500)  # two prompts of 250 tokens
+    shapes: list[torch.Size] = []
+    hook = model.register_forward_hook(lambda _, __, out: shapes.append(out.logits.shape))
+    same = answer_tasks(model, tokenizer, ["piqa"], limit=4, batch=64)["piqa"]
+    hook.remove()
+    assert max(shape[0] for shape in shapes) == 2
+    assert 166 < max(shape[1] for shape in shapes) <= 250
+    assert same.gold_bits == pytest.approx(answers["piqa"].gold_bits, rel=1e-5)
+
+
 def test_bad_input(model: Any, tokenizer: Any) -> None:
     with pytest.raises(UnknownName, match=r"unknown task 'hellaswog', did you mean 'hellaswag'\?"):
         evaluate_tasks(model, tokenizer, ["piqa", "hellaswog"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training import STEP, VOCAB, T, patterns, settings, tiny, weights
+from training import STEP, VOCAB, T, patterns, same, settings, tiny, weights
 
 from regrow.engines.adapters import add_lora
 from regrow.engines.resume import newest

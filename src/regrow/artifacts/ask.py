@@ -1,4 +1,7 @@
-"""What a spread is asked: share `total` kept units among layers; and the decorator that registers one."""
+"""What a spread is asked: share `total` kept units among layers; and the decorator that registers one.
+
+What this gives up: a spread shares one kind of unit at a time, blind to what the others keep.
+"""
 
 from __future__ import annotations
 

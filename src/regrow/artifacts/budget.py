@@ -51,7 +51,7 @@ class Budget:
             if not 0 < number <= 100:
                 raise BudgetError(f"budget {text!r} is outside 0..100 %", _FORMS, "name the share to keep, such as 80%")
             return Budget(_KINDS[kind] if kind else "decoder_weights", number / 100, True, text)
-        in_bytes = unit.endswith("B") and unit != "B" or kind in ("kv", "file")
+        in_bytes = (unit.endswith("B") and unit != "B") or kind in ("kv", "file")
         measure: Measure = _KINDS[kind] if kind else "file_bytes" if in_bytes else "parameters"
         if not unit and number <= 1:
             raise BudgetError(

@@ -43,7 +43,7 @@ class Scores:
             with safe_open(path, "pt") as file:
                 made_by = json.loads(file.metadata()["made_by"])
                 return Scores({name: file.get_tensor(name) for name in file.keys()}, made_by)  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise BrokenModel(
                 f"scores at {path} cannot be read: {error}",
                 "a file that regrow wrote",

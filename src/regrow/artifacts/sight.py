@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Sees = Literal["nothing", "weight", "grad", "fisher", "flow", "angles", "removal"]
 """nothing: the number of units; weight; grad: weight and the mean gradient; fisher: those and the mean square of the
-gradient of each sequence; flow: activations where the unit acts, reduced over each sequence; angles, removal: whole layers only."""
-
+gradient of each sequence; flow: activations where the unit acts, reduced over each sequence; angles, removal: whole
+layers only."""
 
 Reduction = Literal["mean", "l2", "var"]
 

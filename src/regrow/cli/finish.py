@@ -50,7 +50,7 @@ def pages(report: Report, plan: Plan, scores: Scores, recipe: str) -> Mapping[st
 
 def tables(scores: Scores) -> dict[str, list[list[float]]]:
     """Scores as plain lists; a single row for channels and layers. Scores of runs of layers are not a map."""
-    found = {}
+    found: dict[str, list[list[float]]] = {}
     for unit, values in scores.table.items():
         rows = values if values.dim() == 2 else values[None]
         if unit != "layer" or values.dim() == 1:

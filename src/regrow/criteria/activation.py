@@ -13,4 +13,4 @@ from regrow.artifacts.sight import Reduction, Sight, criterion
 def activation(sight: Sight, sequence: Reduction = "mean", batch: Reduction = "l2") -> torch.Tensor:
     """|x| averaged over each sequence, L2 over sequences, L2 over the unit's channels."""
     assert sight.flow is not None
-    return sight.flow[sequence].reduce(batch).norm(dim=1)  # (units, width) -> (units,)
+    return sight.flow[sequence].reduce(batch).square().sum(1).sqrt()  # (units, width) -> (units,)

@@ -1,4 +1,7 @@
-"""Size of the weights: free, needs no text, and often no better than chance for whole units."""
+"""Size of the weights: free, needs no text, and often no better than chance for whole units.
+
+What this gives up: whether anything ever flows through those weights.
+"""
 
 import torch
 

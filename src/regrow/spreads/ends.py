@@ -1,4 +1,7 @@
-"""The first and last layers stay whole; the rest share the cut equally."""
+"""The first and last layers stay whole; the rest share the cut equally.
+
+What this gives up: when the budget is below what the protected layers weigh, nothing is protected.
+"""
 
 from regrow.artifacts.ask import Ask, spread
 

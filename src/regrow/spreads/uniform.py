@@ -1,4 +1,7 @@
-"""The same share in every layer."""
+"""The same share in every layer.
+
+What this gives up: that layers differ.
+"""
 
 from regrow.artifacts.ask import Ask, spread
 

@@ -1,4 +1,7 @@
-"""Stage apply: the plan becomes a smaller model, proved equal to the intact one with the same units shut."""
+"""Stage apply: the plan becomes a smaller model, proved equal to the intact one with the same units shut.
+
+What this gives up: the intact model, and going on when the two differ, however little it might matter.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Stage evaluate: measured numbers of one model; called before and after a cut with the same settings."""
+"""Stage evaluate: measured numbers of one model; called before and after a cut with the same settings.
+
+What this gives up: texts and tasks are measured one after the other, each with a pass of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from regrow.artifacts.report import Measure
 from regrow.artifacts.shape import Anatomy, Shape, costs
 from regrow.engines.clock import PeakMemory, measure_speed
 from regrow.engines.perplexity import score_text
-from regrow.engines.tasks import evaluate_tasks
+from regrow.engines.tasks import TASKS, evaluate_tasks
 from regrow.engines.texts import documents
-from regrow.errors import TextError
+from regrow.errors import TextError, UnknownName
 from regrow.settings import Evaluate
 
 if TYPE_CHECKING:
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 WORDS = 24  # new tokens of a sample
+
+
+def check_asked(settings: Evaluate) -> None:
+    """Raise `InputError` now for a task nobody knows or a text that is not there, rather than after the cut."""
+    for name in settings.tasks:
+        if name not in TASKS:
+            raise UnknownName("task", name, TASKS)
+    if settings.text is not None:
+        read_text(settings.text)
 
 
 def evaluate(

@@ -1,4 +1,7 @@
-"""Stage export: a folder that stock tools load, written whole or not at all, and reread before success is said."""
+"""Stage export: a folder that stock tools load, written whole or not at all, and reread before success is said.
+
+What this gives up: formats other than Hugging Face folders.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Stage load: a name becomes a subject, the model with its tokenizer and anatomy."""
+"""Stage load: a name becomes a subject, the model with its tokenizer and anatomy.
+
+What this gives up: one device holds the whole model.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,13 @@ def as_dtype(name: str) -> torch.dtype:
 
 
 def pick_device(name: str) -> str:
+    """The device meant by `name`, tried with an empty tensor. Raises `SettingsError` when there is none such."""
     if name != "auto":
         try:
-            return str(torch.device(name))
-        except RuntimeError as error:
-            raise SettingsError(f"device {name!r}", "auto, cpu, cuda, cuda:N, mps", "use --device auto") from error
+            return str(torch.empty(0, device=name).device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            why = str(error).splitlines()[0]
+            raise SettingsError(
+                f"device {name!r} cannot be used: {why}", "auto, cpu, cuda, cuda:N, mps", "use --device auto"
+            ) from error
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,7 +38,7 @@ class Wish:
     split: Mapping[Unit, float] = field(default_factory=dict)  # share of x each axis loses; 1 unless named
     spread: str = "uniform"
     uniform: bool = False  # the same widths in every layer
-    divisors: Mapping[Unit, int] = field(default_factory=dict)  # widths are multiples; only when uniform
+    divisors: Mapping[Unit, int] = field(default_factory=dict)  # widths are multiples; DIVISORS when uniform, else 1
     rescale_norms: bool = False
 
 
@@ -76,8 +76,8 @@ def _finest(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tuple[U
     axes = [unit for unit in FINEST if unit in totals]
     finest = next((unit for unit in axes if _moves(anatomy, wish, unit)), axes[0])
     layers = totals.get("layer", anatomy.sizes["L"])
-    step = _step(anatomy, wish, finest, layers)
-    less = {**totals, finest: max(totals[finest] - step, _least(anatomy, wish, finest, layers))}
+    step = _step(wish, finest, layers)
+    less = {**totals, finest: max(totals[finest] - step, _least(wish, finest, layers))}
     more = {**less, finest: less[finest] + step}
     return finest, max(
         1, wish.budget.count(anatomy, even(anatomy, more)) - wish.budget.count(anatomy, even(anatomy, less))
@@ -108,17 +108,20 @@ def _full(anatomy: Anatomy, unit: Unit, layers: int | None = None) -> int:
     return each * (anatomy.sizes["L"] if layers is None else layers)
 
 
-def _step(anatomy: Anatomy, wish: Wish, unit: Unit, layers: int) -> int:
-    """The smallest change of a total: one unit, or a divisor in every layer when widths are uniform."""
-    if not wish.uniform:
-        return 1
-    divisor = wish.divisors.get(unit, DIVISORS[unit])
-    return divisor if unit in ("layer", "channel") else divisor * layers
+def _divisor(wish: Wish, unit: Unit) -> int:
+    """What the width of every layer is a multiple of."""
+    return wish.divisors.get(unit, DIVISORS[unit] if wish.uniform else 1)
 
 
-def _least(anatomy: Anatomy, wish: Wish, unit: Unit, layers: int) -> int:
-    step = _step(anatomy, wish, unit, layers)
-    return step if unit in ("layer", "channel") else max(step, layers)
+def _step(wish: Wish, unit: Unit, layers: int) -> int:
+    """The smallest change of a total: one divisor in one layer, or in every layer when widths are uniform."""
+    inside = unit not in ("layer", "channel")
+    return _divisor(wish, unit) * (layers if wish.uniform and inside else 1)
+
+
+def _least(wish: Wish, unit: Unit, layers: int) -> int:
+    """One divisor in every layer: nothing is emptied by accident."""
+    return _divisor(wish, unit) * (layers if unit not in ("layer", "channel") else 1)
 
 
 def _rounded(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], x: float) -> dict[Unit, int]:
@@ -126,9 +129,9 @@ def _rounded(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], x: float) -> di
     totals: dict[Unit, int] = {}
     for unit in reversed(axes):
         layers = totals.get("layer", anatomy.sizes["L"])
-        full, step = _full(anatomy, unit, layers), _step(anatomy, wish, unit, layers)
+        full, step = _full(anatomy, unit, layers), _step(wish, unit, layers)
         keep = full * max(0.0, 1 - wish.split.get(unit, 1.0) * x)
-        totals[unit] = min(full, max(_least(anatomy, wish, unit, layers), round(keep / step) * step))
+        totals[unit] = min(full, max(_least(wish, unit, layers), round(keep / step) * step))
     return totals
 
 
@@ -140,8 +143,8 @@ def _fill(
     Every count is linear in the units of one axis, so two counts tell them all.
     """
     layers = coarse.get("layer", anatomy.sizes["L"])
-    step, full = _step(anatomy, wish, finest, layers), _full(anatomy, finest, layers)
-    least = _least(anatomy, wish, finest, layers)
+    step, full = _step(wish, finest, layers), _full(anatomy, finest, layers)
+    least = _least(wish, finest, layers)
 
     def count(total: int) -> int:
         return wish.budget.count(anatomy, even(anatomy, {**coarse, finest: total}))
@@ -170,15 +173,15 @@ def _unevenness(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tup
 
 def _moves(anatomy: Anatomy, wish: Wish, unit: Unit) -> bool:
     """True when cutting this axis changes what the budget counts."""
-    less = {unit: _least(anatomy, wish, unit, anatomy.sizes["L"])}
+    less = {unit: _least(wish, unit, anatomy.sizes["L"])}
     return wish.split.get(unit, 1.0) > 0 and wish.budget.count(anatomy, even(anatomy, less)) < wish.budget.count(
         anatomy, anatomy.dense
     )
 
 
 def _unmet(anatomy: Anatomy, wish: Wish, target: int, axes: Sequence[Unit]) -> BudgetError:
-    layers = _least(anatomy, wish, "layer", 0) if "layer" in axes else anatomy.sizes["L"]
-    least: dict[Unit, int] = {unit: _least(anatomy, wish, unit, layers) for unit in axes}
+    layers = _least(wish, "layer", 0) if "layer" in axes else anatomy.sizes["L"]
+    least: dict[Unit, int] = {unit: _least(wish, unit, layers) for unit in axes}
     nearest = wish.budget.count(anatomy, even(anatomy, least))
     dense = wish.budget.count(anatomy, anatomy.dense)
     what = wish.budget.measure.replace("_", " ")
@@ -230,9 +233,20 @@ def _per_layer(
         return [full] * len(layers)
     if wish.uniform:
         return [totals[unit] // len(layers)] * len(layers)
-    table = scores.table[unit] if table is None else table
-    ask = Ask(totals[unit], table[list(layers)], comparable=scores.comparable(unit))
-    return SPREADS.get(wish.spread).share(ask)
+    table = (scores.table[unit] if table is None else table)[list(layers)]  # (layers, units)
+    divisor = _divisor(wish, unit)
+    ask = Ask(totals[unit] // divisor, _in_steps(table, divisor), comparable=scores.comparable(unit))
+    counts = [steps * divisor for steps in SPREADS.get(wish.spread).share(ask)]
+    return [full if count + divisor > full else count for count in counts]
+
+
+def _in_steps(table: Tensor, divisor: int) -> Tensor:
+    """(layers, units) -> (layers, units // divisor): the score of each run of `divisor` units, best first."""
+    if divisor == 1:
+        return table
+    whole = table.shape[1] // divisor * divisor
+    ranked = table.sort(dim=1, descending=True).values[:, :whole]
+    return ranked.view(len(table), -1, divisor).sum(2)
 
 
 def _head_slots(table: Tensor, groups: int) -> Tensor:

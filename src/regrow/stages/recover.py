@@ -1,4 +1,7 @@
-"""Stage recover: a short training puts back some of what the cut took; weights end rounded to the storage type."""
+"""Stage recover: a short training puts back some of what the cut took; weights end rounded to the storage type.
+
+What this gives up: any goal but the next token; a teacher is another stage's business.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def recover(
     if lora:
         model = add_lora(model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed)
     result = train(model, blocks, as_train(settings, seed), folder=folder, heldout=heldout, progress=progress)
-    subject.model = merge(model) if lora else model.eval()  # type: ignore[assignment]
+    subject.model = merge(model) if lora else model.eval()
     checkpoint.round_to(subject.model, subject.store)
     return result
 

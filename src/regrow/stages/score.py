@@ -72,10 +72,11 @@ def choose(
             )
         chosen[unit] = Choice(criterion, {k: v for k, v in options.items() if k in criterion.options})
     known = {k for c in chosen.values() for k in c.criterion.options}
+    used = dict.fromkeys(c.criterion.name for c in chosen.values())
     for option in options:
         if option not in known:
             raise SettingsError(
-                f"option {option!r} belongs to none of the criteria {', '.join(c.criterion.name for c in chosen.values())}",
+                f"option {option!r} belongs to none of the criteria {', '.join(used)}",
                 f"options: {', '.join(sorted(known)) or 'none'}",
                 "leave it out, or correct its name",
             )

@@ -1,0 +1,63 @@
+"""What every bench writes: one JSON with the command, machine, versions, seeds and rows; partial runs go on.
+
+A row has a key; a key that is there is not measured again. The file is replaced whole after every row.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from regrow.engines.clock import machine
+
+RESULTS = Path(__file__).with_name("results")
+
+
+class Ledger:
+    """Rows of one bench, kept in `bench/results/NAME.json`."""
+
+    def __init__(self, name: str, about: str, **settings: Any) -> None:
+        self.path = RESULTS / f"{name}.json"
+        old = json.loads(self.path.read_text()) if self.path.exists() else {}
+        if old and old["settings"] != json.loads(json.dumps(settings)):
+            sys.exit(f"{self.path} was measured with other settings: move it away to start anew\n{old['settings']}")
+        self.data: dict[str, Any] = {
+            "bench": name,
+            "about": about,
+            "settings": settings,
+            "command": f"python bench/{Path(sys.argv[0]).name}",
+            "machine": machine(),
+            "commit": commit(),
+            "rows": old.get("rows", {}),
+        }
+
+    def row(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row under `key`, measured now unless it is there."""
+        if key not in self.data["rows"]:
+            found = {**measure(), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+            self.data["rows"][key] = found
+            self.save()
+            print(f"{key}: {found}", flush=True)
+        row: dict[str, Any] = self.data["rows"][key]
+        return row
+
+    def save(self) -> None:
+        RESULTS.mkdir(exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1))
+        partial.replace(self.path)
+
+
+def commit() -> str:
+    """The commit of the working tree, marked when there are changes."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "src") else "")

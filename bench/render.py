@@ -1,0 +1,164 @@
+"""Makes `docs/results.md` and the table in `README.md` from the JSON in `bench/results/`; no number is typed by hand.
+
+python bench/render.py            writes both
+python bench/render.py --check    exits with 1 when they are not what the JSON says
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- results: written by bench/render.py -->", "<!-- end of results -->"
+NOTE = "Dense is SmolLM2-135M-Instruct as a dequantised 4-bit (Q4_1) checkpoint, so its own losses are in the baseline."
+SPREADS = ("uniform", "ends", "across")
+AXES = ("neuron", "neuron+group")
+
+Rows = dict[str, dict[str, Any]]
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured(data: dict[str, Any]) -> str:
+    """How a table was made, under it."""
+    machine, versions = data["machine"], data["machine"]["versions"]
+    return (
+        f"\n`{data['command']}`, commit {data['commit']}, {machine['cpu']}, {machine['cores']} cores, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}.\n"
+    )
+
+
+def criteria(data: dict[str, Any]) -> str:
+    rows: Rows = data["rows"]
+    names = list(dict.fromkeys(key.split()[0] for key in rows if key != "dense"))
+    columns = [(axes, spread) for axes in AXES for spread in SPREADS]
+    body = []
+    for name in names:
+        cells = []
+        for axes, spread in columns:
+            found = [r["perplexity"] for k, r in rows.items() if k.startswith(f"{name} {axes} {spread} seed")]
+            cells.append(spread_of(found))
+        body.append([name, *cells])
+    dense = rows["dense"]["perplexity"]
+    calibration = data["settings"]["calibration"]
+    text = (
+        f"Perplexity at 80 % of the decoder weights, no recovery; dense {dense:.2f}. {NOTE} WikiText-2 test, first "
+        f"20,480 tokens, blocks of 2048. Calibration: {calibration['tokens']:,} tokens of demo text in blocks of "
+        f"{calibration['block']}. Mean ± standard deviation over calibration seeds (their number "
+        "where fewer than 3).\n\n"
+    )
+    return text + table(["criterion", *(f"{a}, {s}" for a, s in columns)], body)
+
+
+def spread_of(values: list[float]) -> str:
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.1f} (1)"
+    note = "" if len(values) >= 3 else f" ({len(values)})"
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}{note}"
+
+
+def defaults(data: dict[str, Any]) -> str:
+    rows = [[key, f"{row['perplexity']:.2f}"] for key, row in data["rows"].items()]
+    return f"What the defaults were chosen by: perplexity on held-out demo text. {NOTE}\n\n" + table(
+        ["criterion, axes, spread, calibration tokens x block", "perplexity"], rows
+    )
+
+
+def scoring_time(data: dict[str, Any]) -> str:
+    rows = [[key, f"{row['ratio']:.3f}", f"± {row['std']:.3f}"] for key, row in data["rows"].items()]
+    return "Time against plain forward passes over the same tokens, medians of runs taken in turns.\n\n" + table(
+        ["work", "ratio", "spread"], rows
+    )
+
+
+def memory(data: dict[str, Any]) -> str:
+    rows = [[key, f"{row['copies']:.3f}", f"{row['bytes'] / 1e6:,.0f} MB"] for key, row in data["rows"].items()]
+    return (
+        "Peak anonymous memory of `regrow prune` above importing the libraries, in copies of the fp32 model. The first "
+        "rows are one batch of activations alone.\n\n" + table(["criterion", "copies of the model", "bytes"], rows)
+    )
+
+
+def latency(data: dict[str, Any]) -> str:
+    rows = []
+    for key, row in data["rows"].items():
+        prompt, decode = row["prompt_ms"], row["decode_ms_per_token"]
+        rows.append(
+            [
+                key,
+                f"{100 * row['promised_gain']:.0f} %",
+                f"{100 * row['prompt_gain']:.0f} % ± {100 * row['prompt_gain_std']:.0f}",
+                f"{row['share_of_promise']:.2f}",
+                f"{prompt[0]:.0f} -> {prompt[1]:.0f}",
+                f"{100 * row['decode_gain']:.0f} %",
+                f"{decode[0]:.1f} -> {decode[1]:.1f}",
+            ]
+        )
+    return f"Gain over dense, prompts of {data['settings']['prompt']} tokens, batch 1.\n\n" + table(
+        ["cut", "promised by FLOPs", "prompt gain", "share of promise", "prompt ms", "decode gain", "decode ms/token"],
+        rows,
+    )
+
+
+def startup(data: dict[str, Any]) -> str:
+    return table(["what", "seconds"], [[key, f"{row['seconds']:.2f}"] for key, row in data["rows"].items()])
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "criteria": ("Criteria, spreads and axes", criteria),
+    "defaults": ("Defaults", defaults),
+    "latency": ("Speed of cut models", latency),
+    "scoring_time": ("Price of scoring", scoring_time),
+    "memory": ("Memory", memory),
+    "startup": ("Start-up and demo", startup),
+}
+
+
+def results() -> str:
+    parts = ["# Results\n\nWritten by `python bench/render.py` from `bench/results/*.json`; do not edit.\n"]
+    for name, (title, draw) in SECTIONS.items():
+        data = load(name)
+        if data is not None:
+            parts.append(f"## {title}\n\n{draw(data)}\n{measured(data)}")
+    return "\n".join(parts)
+
+
+def readme(text: str) -> str:
+    """README with the block between the marks replaced."""
+    data = load("criteria")
+    block = criteria(data) if data else "Not measured yet."
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def main() -> int:
+    pages = {ROOT / "docs" / "results.md": results(), ROOT / "README.md": readme((ROOT / "README.md").read_text())}
+    if "--check" in sys.argv:
+        stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        print(f"stale: {', '.join(stale)}" if stale else "results are what the JSON says")
+        return 1 if stale else 0
+    for path, text in pages.items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
