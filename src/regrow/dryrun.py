@@ -17,7 +17,7 @@ from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX
 from regrow.run import as_wish, chosen_criteria
 from regrow.settings import Recipe
-from regrow.stages.plan import check_axes, meet
+from regrow.stages.plan import check_wish, meet
 
 SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
@@ -29,10 +29,11 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
     config = read_config(locate(recipe.model), trust_remote_code=trust_remote_code)
     anatomy = bind(config)
     wish = as_wish(recipe)
-    check_axes(anatomy, wish.axes)
+    check_wish(anatomy, wish)
     shape = even(anatomy, meet(anatomy, wish, wish.budget.target(anatomy)))
     speed = gflops or machine_gflops()
-    same = wish.uniform or shape.uniform and wish.spread == "uniform"
+    inside = {"group", "head", "neuron"} & set(wish.axes)
+    same = shape.uniform and (wish.uniform or wish.spread == "uniform" or not inside)
     return {
         "shape": shape.to_json(),
         "shape_text": str(shape),

@@ -23,7 +23,6 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-
 PLURALS = {"criterion": "criteria", "axis": "axes", "kind of list": "kinds of list"}
 
 

@@ -1,4 +1,4 @@
-"""The stages in order: load, score, plan, apply, recover, evaluate, export; results are kept under keys of their inputs.
+"""The stages in order: load, score, plan, apply, recover, evaluate, export; each kept under a key of its inputs.
 
 Another ratio on the same scores costs no second calibration; an interrupted recovery goes on where it stopped; the
 dense model is measured once. What this gives up: distributed runs of the whole road (the recovery alone can be).
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
@@ -27,12 +28,13 @@ from regrow.engines import checkpoint, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
 from regrow.engines.texts import documents, fingerprint
+from regrow.errors import SettingsError
 from regrow.settings import Recipe, dump
 from regrow.stages.apply import apply
-from regrow.stages.evaluate import evaluate, sizes, write_samples
+from regrow.stages.evaluate import check_asked, evaluate, sizes, write_samples
 from regrow.stages.export import export
 from regrow.stages.load import load
-from regrow.stages.plan import Wish, check_axes, loss_by_axis, make_plan, meet
+from regrow.stages.plan import Wish, check_wish, loss_by_axis, make_plan, meet
 from regrow.stages.recover import as_train, recover
 from regrow.stages.score import Choice, choose, reads_text, score
 
@@ -58,15 +60,13 @@ class _Clock:
 
 def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = None) -> Report:
     """Walk the whole road and leave a finished folder at `out`. Raises errors of `errors.py`; leaves nothing then."""
-    wish, clock = as_wish(recipe), _Clock()
-    if recipe.recover and recipe.recover.tokens:
-        as_train(recipe.recover, recipe.seed)
+    wish, clock = check(recipe), _Clock()
     checkpoint.check_out(out)
     with clock.stage("load"):
         subject = load(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
         )
-    check_axes(subject.anatomy, wish.axes)
+    check_wish(subject.anatomy, wish)
     meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))
     with clock.stage("score") as record:
         scores = scored(subject, recipe, record, progress)
@@ -84,7 +84,11 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         after = {**sizes(subject.anatomy, plan.shape()), **_measure(subject, recipe, progress)}
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
     report = Report(
-        model={**subject.source, "holder": cut.holder.kind, "holder_note": cut.holder.note},
+        model={
+            **{k: v for k, v in subject.source.items() if k != "path"},
+            "holder": cut.holder.kind,
+            "holder_note": cut.holder.note,
+        },
         made_by={
             **recipe.model_dump(mode="json"),
             "recipe": recipe.name,
@@ -109,6 +113,26 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     if training:
         shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def check(recipe: Recipe) -> Wish:
+    """Refuse what can be refused before a model is read. Raises `InputError`; returns what is asked of the planner."""
+    wish = as_wish(recipe)
+    SPREADS.get(recipe.spread)
+    if reads_text(chosen_criteria(recipe)):
+        documents(recipe.calibration.text, "calibration")
+    check_asked(recipe.evaluate)
+    asked = recipe.recover
+    if asked is not None and asked.tokens:
+        as_train(asked, recipe.seed)
+        documents(asked.text, "recovery")
+        if asked.method == "full" and recipe.dtype != "fp32":
+            raise SettingsError(
+                f"recovery of all weights in {recipe.dtype}",
+                "fp32, where small updates are not rounded away",
+                "use --dtype fp32, or recover.method=lora",
+            )
+    return wish
 
 
 def as_wish(recipe: Recipe) -> Wish:
@@ -201,7 +225,9 @@ def measured(
             progress=progress,
         )
         said = write_samples(subject.model, subject.tokenizer, asked.samples)
-        path.write_text(json.dumps({"measures": {k: v.to_json() for k, v in found.items()}, "samples": said}))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"measures": {k: v.to_json() for k, v in found.items()}, "samples": said}))
+        partial.replace(path)
     if asked.speed:
         quick = asked.model_copy(update={"text": None, "tasks": ()})
         found |= evaluate(subject.model, subject.tokenizer, quick, progress=progress)
@@ -237,5 +263,5 @@ def _recovered(
 
 
 def _notes(subject: Subject, holder: str, difference: float) -> tuple[str, ...]:
-    first = [f"dense is a {subject.source['note']}"] if subject.source.get("note") else []
+    first = [f"dense: {subject.source['note']}"] if subject.source.get("note") else []
     return (*first, holder, f"masked and sliced logits differ by {difference:.0e} of their scale")

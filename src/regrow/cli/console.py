@@ -83,8 +83,8 @@ def show_report(report: Report) -> None:
         after = report.after.get(name)
         share = f"{after.value / before.value:.3f}" if after and before.value else ""
         rows.append([name, figure(before), figure(after), share])
-    table("", ["measure", "before", "after", "after / before"], rows)
-    for note in report.notes:
+    table("; ".join(report.notes[:1]), ["measure", "before", "after", "after / before"], rows)
+    for note in report.notes[1:]:
         print(f"note: {note}")
 
 

@@ -25,7 +25,9 @@ def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
         from regrow.cache import cache_dir, size_bytes
 
         console.show_report(report)
-        print(f"\nmodel:  {out}\nreport: {out / 'report.html'}\nload:   {load_line(report, out)}")
+        split = {unit: share for unit, share in report.made_by["split_realised"].items() if share}
+        print("cut:    " + ", ".join(f"{100 * share:.1f} % of {unit}s" for unit, share in split.items()))
+        print(f"model:  {out}\nreport: {out / 'report.html'}\nload:   {load_line(report, out)}")
         print(f"cache:  {cache_dir()} ({size_bytes(cache_dir()) / 1e6:,.0f} MB; safe to delete)")
     if as_json:
         data = report.to_json()

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from regrow.cli import diff, doctor, estimate, evaluate, inspect, listing, prune, report, run, show
-from regrow.errors import RegrowError
+from regrow.errors import OutputError, RegrowError
 
 app = typer.Typer(
     name="regrow",
@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except RegrowError as error:
         return _fail(arguments, error)
+    except OSError as error:  # the cache, say: a full or read-only disk
+        return _fail(arguments, OutputError(str(error), "a readable and writable disk", "make room; see REGROW_CACHE"))
     except typer.TyperException as error:  # what the parser refuses
         print(f"error: {error.format_message()}", file=sys.stderr)
         return error.exit_code

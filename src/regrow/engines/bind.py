@@ -97,7 +97,7 @@ def bind(config: PreTrainedConfig, model: nn.Module | None = None) -> Anatomy:
 
 
 def bind_any(config: PreTrainedConfig) -> tuple[Anatomy, Shape]:
-    """The anatomy and shape of any model we know, also of one whose layers differ: its anatomy is of the widest layer."""
+    """Anatomy and shape of any model we know; where layers differ, the anatomy is that of the widest."""
     if not config.model_type.startswith(PREFIX):
         anatomy = bind(config)
         return anatomy, anatomy.dense
@@ -155,8 +155,8 @@ def _check(anatomy: Anatomy) -> None:
             end = anatomy.offset(cut) + anatomy.width(cut) * anatomy.units(unit)
             if end > tensor.shape[cut.dim]:
                 raise UnsupportedModel(
-                    f"{tensor.name} has shape {list(tensor.shape)}, but family {family.name} expects {unit}s up to {end} "
-                    f"in dimension {cut.dim}",
+                    f"{tensor.name} has shape {list(tensor.shape)}, but family {family.name} expects {unit}s "
+                    f"up to {end} in dimension {cut.dim}",
                     f"models laid out as family {family.name} declares",
                     FIT,
                 )

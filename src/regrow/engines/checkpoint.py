@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -71,10 +72,13 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def notes(folder: Path) -> dict[str, Any]:
-    path = folder / NOTES
+def notes(folder: Path, asked: str = "") -> dict[str, Any]:
+    """What is known of a model: id (what was asked for, when that is a hub id), licence, a note on the checkpoint."""
+    path, card = folder / NOTES, folder / "README.md"
     found = json.loads(path.read_text()) if path.exists() else {}
-    return {"id": folder.name, "licence": "unknown", "note": "", **found}
+    licence = re.search(r"^license:\s*(\S+)", card.read_text(), re.MULTILINE) if card.exists() else None
+    name = folder.name if not asked or Path(asked).expanduser().is_dir() else asked
+    return {"id": name, "licence": licence[1] if licence else "unknown", "note": "", **found}
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -126,7 +130,10 @@ def check_files(folder: Path) -> None:
 def read(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (eval mode, computing in `dtype`) and tokenizer. Raises `BrokenModel` for NaN weights or a misfit tokenizer."""
+    """Model (eval mode, computing in `dtype`) and tokenizer.
+
+    Raises `BrokenModel` for NaN weights or a tokenizer that does not fit.
+    """
     config = read_config(folder, trust_remote_code=trust_remote_code)
     check_files(folder)
     options: dict[str, Any] = {"dtype": dtype, "config": config}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.artifacts.family import Branch, Cut, Unit
+from regrow.artifacts.family import Cut, Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy
 
@@ -68,7 +68,7 @@ def _binary(kept: tuple[int, ...], size: int) -> Tensor | None:
     return torch.zeros(size).index_fill_(0, torch.tensor(kept, dtype=torch.long), 1.0)
 
 
-def expand(anatomy: Anatomy, cut: Cut, unit: Unit, gate: Tensor, size: int) -> Tensor:
+def expand(anatomy: Anatomy, cut: Cut, gate: Tensor, size: int) -> Tensor:
     """A gate laid out along a dimension of `size` elements: (units,) -> (size,); what the cut does not own stays 1."""
     width, offset = anatomy.width(cut), anatomy.offset(cut)
     run = gate.repeat_interleave(width)
@@ -112,57 +112,39 @@ def _sites(anatomy: Anatomy, gates: Gates) -> dict[str, list[tuple[bool, Hook]]]
     sizes = {tensor.name: tensor.shape for tensor in anatomy.tensors}
     for index, layer in enumerate(gates.layers):
         prefix = f"{family.layers}.{index}."
-        for unit in ("group", "head", "neuron"):
-            gate: Tensor | None = getattr(layer, unit)
-            if gate is None:
-                continue
-            for cut in family.cuts.get(unit, ()):
-                if cut.role == "fold":
-                    size = sizes[f"{prefix}{cut.path}.weight"][cut.dim]
-                    value = expand(anatomy, cut, unit, gate, size)
-                    sites.setdefault(prefix + cut.path, []).append((cut.dim == 1, partial(_times, value)))
-        for path, kept in _spanned(anatomy, layer).items():
-            sites.setdefault(prefix + path, []).extend(_statistics(kept))
+        spans: dict[str, Tensor] = {}  # norms over many units -> (n,) 1 where all of an element's owners stay
+        for cut, gate in _gated_cuts(anatomy, layer):
+            path = prefix + cut.path
+            value = expand(anatomy, cut, gate, sizes[f"{path}.weight"][cut.dim])
+            if cut.role == "fold":
+                sites.setdefault(path, []).append((cut.dim == 1, partial(_times, value)))
+            elif cut.role == "span":
+                spans[path] = spans.get(path, 1.0) * (value.detach() != 0).float()
+        for path, kept in spans.items():
+            sites.setdefault(path, []).extend(_statistics(float(kept.mean())))
         if gates.channel is not None:
             for cut in family.cuts["channel"]:
                 sites.setdefault(prefix + cut.path, []).extend(_channel_hooks(cut, gates))
-        for gate, branch in ((layer.attention, family.attention), (layer.mlp, family.mlp)):
-            if gate is not None:
-                _shut(sites, prefix, branch, gate)
+        for shut, branch in ((layer.attention, family.attention), (layer.mlp, family.mlp)):
+            if shut is not None:
+                sites.setdefault(prefix + branch.end, []).append((False, partial(_times, shut)))
     if gates.channel is not None:
         for cut in family.whole:
             sites.setdefault(cut.path, []).extend(_channel_hooks(cut, gates))
     return sites
 
 
-def _shut(sites: dict[str, list[tuple[bool, Hook]]], prefix: str, branch: Branch, gate: Tensor) -> None:
-    sites.setdefault(prefix + branch.end, []).append((False, partial(_times, gate)))
-
-
-def _spanned(anatomy: Anatomy, layer: LayerGates) -> dict[str, float]:
-    """Norms over all heads of a layer -> share of their elements that is kept."""
-    shares: dict[str, float] = {}
-    for unit in ("group", "head"):
-        gate: Tensor | None = getattr(layer, unit)
-        if gate is None:
-            continue
-        for cut in anatomy.family.cuts.get(unit, ()):
-            if cut.role == "span":
-                shares[cut.path] = shares.get(cut.path, 1.0)
-    if not shares:
-        return {}
-    group_size, groups, heads = anatomy.sizes["G"], layer.group, layer.head
-    for path in shares:
-        on = torch.ones(anatomy.sizes["K"])
-        if groups is not None:
-            on = (groups.detach() != 0).float().cpu()
-        over_heads = any(c.path == path for c in anatomy.family.cuts["head"])
-        if over_heads:
-            on = on.repeat_interleave(group_size)
-            if heads is not None:
-                on = on * (heads.detach() != 0).float().cpu()
-        shares[path] = float(on.mean())
-    return shares
+def _gated_cuts(anatomy: Anatomy, layer: LayerGates) -> Iterator[tuple[Cut, Tensor]]:
+    """Every cut inside the layer whose unit has a gate, with that gate."""
+    pairs: tuple[tuple[Unit, Tensor | None], ...] = (
+        ("group", layer.group),
+        ("head", layer.head),
+        ("neuron", layer.neuron),
+    )
+    for unit, gate in pairs:
+        if gate is not None:
+            for cut in anatomy.family.cuts.get(unit, ()):
+                yield cut, gate
 
 
 def _channel_hooks(cut: Cut, gates: Gates) -> list[tuple[bool, Hook]]:

@@ -7,6 +7,7 @@ model; scores of a tensor are taken and its gradient dropped. What this gives up
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def gradients(
 def _parts(specs: Sequence[Spec], layers: int, parts: int) -> Iterator[list[Spec]]:
     """Tensors by depth, in `parts` runs of layers; those outside the layers come with the first."""
     edges = [round(layers * i / parts) for i in range(parts + 1)]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         part = [s for s in specs if (low <= s.layer < high if s.layer is not None else low == 0)]
         if part:
             yield part
@@ -87,7 +88,7 @@ def _accumulate(
     means: dict[str, Tensor] = {}
     held: dict[str, Tensor] = {}
     device = next(model.parameters()).device
-    for index, ids in enumerate(blocks.split(1), 1):
+    for index, ids in enumerate(torch.split(blocks, 1), 1):
         ids = ids.to(device)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         if squares:

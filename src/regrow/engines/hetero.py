@@ -70,7 +70,7 @@ def holder(config: PreTrainedConfig, anatomy: Anatomy, plan: Plan) -> Holder:
                 )
     return Holder(
         "heterogeneous",
-        _heterogeneous(config, anatomy, plan, changes),
+        _heterogeneous(config, plan, changes),
         "layers differ in width"
         if not shape.uniform
         else f"no stock {anatomy.model_type} configuration takes this shape",
@@ -137,9 +137,7 @@ def _accepted(kind: Any, config: PreTrainedConfig, changes: Mapping[str, Any]) -
     return cast("PreTrainedConfig", new)
 
 
-def _heterogeneous(
-    config: PreTrainedConfig, anatomy: Anatomy, plan: Plan, changes: Mapping[str, Any]
-) -> PreTrainedConfig:
+def _heterogeneous(config: PreTrainedConfig, plan: Plan, changes: Mapping[str, Any]) -> PreTrainedConfig:
     layers: dict[int, dict[str, Any]] = {}
     for index, layer in enumerate(plan.shape().layers):
         skip = [name for name, units in (("attention", layer.groups), ("mlp", layer.neurons)) if not units]

@@ -28,7 +28,7 @@ def loss_without_layers(
     layers = list(model.get_submodule(anatomy.family.layers).children())
     norm = model.get_submodule(anatomy.family.final_norm)
     whole, without = 0.0, torch.zeros(len(layers), dtype=torch.float64)
-    for done, ids in enumerate(blocks.split(1), 1):
+    for done, ids in enumerate(torch.split(blocks, 1), 1):
         ids = ids.to(model.device)
         first, calls = layer_arguments(model, layers, ids)
 
@@ -50,7 +50,7 @@ def loss_without_layers(
 
 def run_layer(layer: nn.Module, stream: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Call a block on a stream (b, T, d) with recorded arguments."""
-    output = layer(stream, *args, **kwargs)
+    output: Tensor | tuple[Tensor, ...] = layer(stream, *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -77,7 +77,7 @@ def _stubs(
 
     try:
         for layer in layers:
-            layer.forward = stub  # type: ignore[method-assign]
+            layer.forward = stub
         yield
     finally:
         for layer in layers:

@@ -69,7 +69,7 @@ def _select(weight: Tensor, spec: Spec, anatomy: Anatomy, kept: Gates) -> Tensor
                 continue
             gate = kept.channel if unit == "channel" else _layer_gate(kept, spec, unit)
             if gate is not None:
-                mask = mask * expand(anatomy, cut, unit, gate, weight.shape[dim])
+                mask = mask * expand(anatomy, cut, gate, weight.shape[dim])
         if not bool(mask.all()):
             weight = weight.index_select(dim, mask.nonzero().squeeze(1).to(weight.device))
     return weight
@@ -89,7 +89,7 @@ def _fold(weight: Tensor, spec: Spec, anatomy: Anatomy, gates: Gates) -> Tensor:
         elif cut.role == "fold":
             gate = _layer_gate(gates, spec, unit)
             if gate is not None:
-                weight = _scale(weight, expand(anatomy, cut, unit, gate, weight.shape[cut.dim]), cut.dim)
+                weight = _scale(weight, expand(anatomy, cut, gate, weight.shape[cut.dim]), cut.dim)
     if spec.layer is not None:
         weight = _fold_branches(weight, spec, anatomy, gates.layers[spec.layer])
     return weight

@@ -86,7 +86,7 @@ def observe(
     seen = Seen(flow={reduction: {} for reduction in flow})
     stream: list[Tensor] = []  # inputs of the layers and output of the last, of the batch under way; (b*T, d) unit rows
     with _hooks(model, anatomy, seen, flow, stream if angles else None):
-        for part in blocks.split(batch):
+        for part in torch.split(blocks, batch):
             body(model)(input_ids=part.to(_device(model)), use_cache=False)
             seen.sequences += len(part)
             seen.tokens += part.numel()
@@ -168,11 +168,10 @@ def _add(seen: Seen, wanted: list[tuple[Reduction, Site]], x: Tensor) -> None:
 
 def _over_sequence(x: Tensor, reduction: Reduction) -> Tensor:
     """(b, T, n) -> (b, n)."""
-    if reduction == "mean":
-        return torch.linalg.vector_norm(x, 1, dim=1) / x.shape[1]
-    if reduction == "l2":
-        return torch.linalg.vector_norm(x, 2, dim=1)
-    return x.float().var(1, correction=0)
+    if reduction == "var":
+        return x.float().var(1, correction=0)
+    norm: Tensor = torch.linalg.vector_norm(x, 1 if reduction == "mean" else 2, dim=1)
+    return norm / x.shape[1] if reduction == "mean" else norm
 
 
 def _keep_input(stream: list[Tensor], _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""Llama and the layouts that share its tensors: SmolLM2, TinyLlama, Mistral, Qwen2 (biases on q, k, v), Qwen3 (norms on each head).
+"""Llama and the layouts that share its tensors: Mistral, Qwen2, Qwen3; also SmolLM2 and TinyLlama.
 
-A norm over one head (Qwen3) is untouched by every cut, and a bias follows its weight, so one declaration serves all.
+Qwen2 has biases on q, k, v, which follow their weights; Qwen3 has norms over one head, which no cut touches: one
+declaration serves all.
 """
 
 from regrow.artifacts.family import Family, declare

@@ -11,7 +11,8 @@ import torch
 
 from regrow.engines import checkpoint
 from regrow.engines.bind import Subject, bind
-from regrow.errors import SettingsError
+from regrow.engines.hetero import PREFIX
+from regrow.errors import SettingsError, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +26,14 @@ def load(model: str, *, dtype: str = "fp32", device: str = "auto", trust_remote_
     Raises `ModelError` for anything that cannot be cut, with the reason.
     """
     folder = checkpoint.locate(model)
-    anatomy = bind(checkpoint.read_config(folder, trust_remote_code=trust_remote_code))
+    config = checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
+    if config.model_type.startswith(PREFIX):
+        raise UnsupportedModel(
+            f"{model} was cut before and its layers differ in width",
+            "models whose layers are alike",
+            "cut its base model again with a smaller budget, or make the first cut with --uniform",
+        )
+    anatomy = bind(config)
     loaded, tokenizer, source = read_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return Subject(loaded, tokenizer, anatomy, source, checkpoint.storage_dtype(folder))
 
@@ -38,7 +46,7 @@ def read_model(
     loaded, tokenizer = checkpoint.read(
         folder, dtype=as_dtype(dtype), device=pick_device(device), trust_remote_code=trust_remote_code
     )
-    source = {**checkpoint.notes(folder), "path": str(folder), "fingerprint": checkpoint.fingerprint(folder)}
+    source = {**checkpoint.notes(folder, model), "path": str(folder), "fingerprint": checkpoint.fingerprint(folder)}
     return loaded, tokenizer, source if model == "demo" else {**source, "asked": model}
 
 
@@ -53,7 +61,7 @@ def pick_device(name: str) -> str:
     if name != "auto":
         try:
             return str(torch.empty(0, device=name).device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             why = str(error).splitlines()[0]
             raise SettingsError(
                 f"device {name!r} cannot be used: {why}", "auto, cpu, cuda, cuda:N, mps", "use --device auto"

@@ -21,7 +21,7 @@ from regrow.artifacts.family import UNITS, Unit
 from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, Shape, even
-from regrow.errors import BudgetError, InputError
+from regrow.errors import BudgetError, InputError, SettingsError
 
 FINEST: tuple[Unit, ...] = ("neuron", "channel", "head", "group", "layer")  # smallest unit first
 DIVISORS: dict[Unit, int] = {"neuron": 32, "channel": 64, "head": 1, "group": 1, "layer": 1}
@@ -42,9 +42,10 @@ class Wish:
     rescale_norms: bool = False
 
 
-def check_axes(anatomy: Anatomy, axes: Sequence[Unit]) -> None:
-    """Raise `InputError` for an axis this model cannot be cut along, with the reason."""
-    for unit in axes:
+def check_wish(anatomy: Anatomy, wish: Wish) -> None:
+    """Raise `InputError` for an axis this model cannot be cut along, a divisor above its width, an unknown spread."""
+    SPREADS.get(wish.spread)
+    for unit in wish.axes:
         if unit not in anatomy.supported:
             why = anatomy.family.refuses.get(unit, "every group is a single query head: cut groups")
             raise InputError(
@@ -52,11 +53,17 @@ def check_axes(anatomy: Anatomy, axes: Sequence[Unit]) -> None:
                 f"axes: {', '.join(anatomy.supported)}",
                 "name other --axes",
             )
+    for unit, divisor in wish.divisors.items():
+        width = _full(anatomy, unit, layers=1)
+        if divisor > width:
+            raise SettingsError(
+                f"divisor {unit}={divisor} of a model with {width} {unit}s", f"1 to {width}", "name a smaller divisor"
+            )
 
 
 def make_plan(anatomy: Anatomy, scores: Scores, wish: Wish) -> Plan:
     """The plan that meets the budget. Raises `BudgetError` naming the nearest budget that can be met."""
-    check_axes(anatomy, wish.axes)
+    check_wish(anatomy, wish)
     target = wish.budget.target(anatomy)
     totals = meet(anatomy, wish, target)
     plan = _realise(anatomy, scores, wish, totals)
@@ -77,7 +84,7 @@ def _finest(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tuple[U
     finest = next((unit for unit in axes if _moves(anatomy, wish, unit)), axes[0])
     layers = totals.get("layer", anatomy.sizes["L"])
     step = _step(wish, finest, layers)
-    less = {**totals, finest: max(totals[finest] - step, _least(wish, finest, layers))}
+    less = {**totals, finest: max(totals[finest] - step, _least(anatomy, wish, finest, layers))}
     more = {**less, finest: less[finest] + step}
     return finest, max(
         1, wish.budget.count(anatomy, even(anatomy, more)) - wish.budget.count(anatomy, even(anatomy, less))
@@ -119,9 +126,10 @@ def _step(wish: Wish, unit: Unit, layers: int) -> int:
     return _divisor(wish, unit) * (layers if wish.uniform and inside else 1)
 
 
-def _least(wish: Wish, unit: Unit, layers: int) -> int:
+def _least(anatomy: Anatomy, wish: Wish, unit: Unit, layers: int) -> int:
     """One divisor in every layer: nothing is emptied by accident."""
-    return _divisor(wish, unit) * (layers if unit not in ("layer", "channel") else 1)
+    least = _divisor(wish, unit) * (layers if unit not in ("layer", "channel") else 1)
+    return min(least, _full(anatomy, unit, layers))
 
 
 def _rounded(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], x: float) -> dict[Unit, int]:
@@ -131,7 +139,7 @@ def _rounded(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], x: float) -> di
         layers = totals.get("layer", anatomy.sizes["L"])
         full, step = _full(anatomy, unit, layers), _step(wish, unit, layers)
         keep = full * max(0.0, 1 - wish.split.get(unit, 1.0) * x)
-        totals[unit] = min(full, max(_least(wish, unit, layers), round(keep / step) * step))
+        totals[unit] = min(full, max(_least(anatomy, wish, unit, layers), round(keep / step) * step))
     return totals
 
 
@@ -144,7 +152,7 @@ def _fill(
     """
     layers = coarse.get("layer", anatomy.sizes["L"])
     step, full = _step(wish, finest, layers), _full(anatomy, finest, layers)
-    least = _least(wish, finest, layers)
+    least = _least(anatomy, wish, finest, layers)
 
     def count(total: int) -> int:
         return wish.budget.count(anatomy, even(anatomy, {**coarse, finest: total}))
@@ -173,15 +181,15 @@ def _unevenness(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tup
 
 def _moves(anatomy: Anatomy, wish: Wish, unit: Unit) -> bool:
     """True when cutting this axis changes what the budget counts."""
-    less = {unit: _least(wish, unit, anatomy.sizes["L"])}
+    less = {unit: _least(anatomy, wish, unit, anatomy.sizes["L"])}
     return wish.split.get(unit, 1.0) > 0 and wish.budget.count(anatomy, even(anatomy, less)) < wish.budget.count(
         anatomy, anatomy.dense
     )
 
 
 def _unmet(anatomy: Anatomy, wish: Wish, target: int, axes: Sequence[Unit]) -> BudgetError:
-    layers = _least(wish, "layer", 0) if "layer" in axes else anatomy.sizes["L"]
-    least: dict[Unit, int] = {unit: _least(wish, unit, layers) for unit in axes}
+    layers = _least(anatomy, wish, "layer", 0) if "layer" in axes else anatomy.sizes["L"]
+    least: dict[Unit, int] = {unit: _least(anatomy, wish, unit, layers) for unit in axes}
     nearest = wish.budget.count(anatomy, even(anatomy, least))
     dense = wish.budget.count(anatomy, anatomy.dense)
     what = wish.budget.measure.replace("_", " ")
@@ -235,8 +243,9 @@ def _per_layer(
         return [totals[unit] // len(layers)] * len(layers)
     table = (scores.table[unit] if table is None else table)[list(layers)]  # (layers, units)
     divisor = _divisor(wish, unit)
-    ask = Ask(totals[unit] // divisor, _in_steps(table, divisor), comparable=scores.comparable(unit))
-    counts = [steps * divisor for steps in SPREADS.get(wish.spread).share(ask)]
+    steps = _in_steps(table, divisor)
+    ask = Ask(min(totals[unit] // divisor, steps.numel()), steps, comparable=scores.comparable(unit))
+    counts = [share * divisor for share in SPREADS.get(wish.spread).share(ask)]
     return [full if count + divisor > full else count for count in counts]
 
 

@@ -56,4 +56,5 @@ def as_train(settings: Recover, seed: int) -> TrainSettings:
         micro_batch=min(settings.micro_batch, settings.batch),
         checkpointing=settings.checkpointing,
         seed=seed,
+        save_every=max(25, settings.tokens // (settings.batch * settings.block) // 10),
     )

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -80,7 +80,22 @@ def choose(
                 f"options: {', '.join(sorted(known)) or 'none'}",
                 "leave it out, or correct its name",
             )
+    for choice in chosen.values():
+        _check_options(choice)
     return chosen
+
+
+def _check_options(choice: Choice) -> None:
+    """Raise `SettingsError` for a value that the criterion's annotation does not allow."""
+    hints = get_type_hints(choice.criterion.score)
+    for name, value in choice.options.items():
+        allowed = get_args(hints[name]) or (hints[name],)
+        if value not in allowed and not (isinstance(allowed[0], type) and isinstance(value, allowed[0])):
+            raise SettingsError(
+                f"option {name}={value!r} of criterion {choice.criterion.name!r}",
+                ", ".join(getattr(a, "__name__", str(a)) for a in allowed),
+                "correct the value",
+            )
 
 
 def score(
