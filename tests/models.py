@@ -29,12 +29,12 @@ torch.set_num_threads(1)  # at this size a second thread only costs
 
 VOCAB, LENGTH, WINDOW = 64, 20, 6  # the sliding window is shorter than the text, so masks differ by layer type
 BASE: dict[str, Any] = {
-    "hidden_size": 36,
+    "hidden_size": 24,
     "intermediate_size": 20,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
-    "head_dim": 4,  # heads x head_dim is not the width
+    "head_dim": 6,  # heads x head_dim is not the width, where a type lets us choose
     "vocab_size": VOCAB,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
@@ -51,7 +51,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3": {**MIXED, "use_sliding_window": True},
     "gemma2": {**MIXED, "query_pre_attn_scalar": 4},
     "gemma3_text": {**MIXED, "query_pre_attn_scalar": 4},
-    "gpt_neox": {"rotary_pct": 0.67},
+    "gpt_neox": {"rotary_pct": 0.5},
 }
 """What a model type needs beside the base; one that is not listed gets the base alone."""
 
@@ -60,9 +60,7 @@ def config_of(model_type: str, **changes: Any) -> Any:
     """A small configuration with every bias the type can have; keys the type does not know are left out."""
     kind = CONFIG_MAPPING[model_type]
     known = set(kind().to_dict())
-    base = {k: v for k, v in BASE.items() if k in known or k == "head_dim"}
-    if model_type == "gpt_neox":
-        del base["head_dim"]  # it is width / heads there
+    base = {k: v for k, v in BASE.items() if k in known}
     return kind(**{**base, **OWN.get(model_type, {}), **changes})
 
 
@@ -122,7 +120,7 @@ def plan(anatomy: Anatomy, units: Iterable[Unit], *, uniform: bool, seed: int = 
         each = many("head", size["G"], 1)
         heads = tuple(sorted(h for g in groups for h in draw.sample(range(g * size["G"], (g + 1) * size["G"]), each)))
         layers.append(LayerPlan(index, groups, heads, pick(size["F"], many("neuron", size["F"], 12))))
-    channels = pick(size["C"], 24) if "channel" in units else tuple(range(size["C"]))
+    channels = pick(size["C"], 16) if "channel" in units else tuple(range(size["C"]))
     made = Plan(channels, tuple(layers), rescale_norms=rescale)
     made.check(anatomy)
     return made

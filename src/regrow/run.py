@@ -215,7 +215,7 @@ def measured(
     record["cached"] = path.exists()
     if path.exists():
         data = json.loads(path.read_text())
-        found, said = {k: Measure(**v) for k, v in data["measures"].items()}, data["samples"]
+        found, said = {k: Measure.from_json(v) for k, v in data["measures"].items()}, data["samples"]
     else:
         found = evaluate(
             subject.model,

@@ -306,11 +306,15 @@ def test_foreign_tensors_are_refused(tmp_path: Path) -> None:
 
 def test_processes_must_fit_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
+    (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(SettingsError, match="3 processes of micro_batch = 2 do not divide batch = 4"):
-        train(tiny(), patterns(), settings(), folder=tmp_path)
+        train(tiny(), patterns(), settings(), folder=tmp_path, resume=False)
+    assert (tmp_path / "checkpoint-3").exists(), "a refused call deletes nothing"
 
 
 @pytest.mark.parametrize("blocks", [torch.zeros(0, T).long(), torch.zeros(3, 1).long(), torch.zeros(T).long()])
 def test_no_text(blocks: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="training blocks of shape"):
+    with pytest.raises(TextError, match="blocks of shape"):
         train(tiny(), blocks, settings(), folder=tmp_path)
+    with pytest.raises(TextError, match="blocks of shape"):
+        train(tiny(), patterns(), settings(), folder=tmp_path, heldout=blocks)

@@ -1,11 +1,14 @@
 """Measured numbers with unit, spread, samples, seed, machine and versions: the honest part of every run.
 
 A `Report` is plain JSON. `before` and `after` hold measures under the same names, so that retention is a division
-and never a memory. What this gives up: raw samples; only means, standard errors and counts travel.
+and never a memory; measures that keep one value a sample can be compared in pairs, which sees smaller differences.
+What this gives up: texts and answers; only numbers travel.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,9 +27,14 @@ class Measure:
     samples: int | None = None
     chance: float | None = None
     how: Mapping[str, Any] = field(default_factory=dict)  # the record of how it was measured
+    each: tuple[float, ...] = ()  # one value a sample, monotone in `value`, in the same order for every model
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Measure:
+        return Measure(**{**data, "each": tuple(data.get("each", ()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class Report:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Report:
         def measures(rows: Mapping[str, Any]) -> dict[str, Measure]:
-            return {name: Measure(**row) for name, row in rows.items()}
+            return {name: Measure.from_json(row) for name, row in rows.items()}
 
         keep = {k: v for k, v in data.items() if k in Report.__slots__}
         return Report(
@@ -98,6 +106,19 @@ def retention(before: Mapping[str, Measure], after: Mapping[str, Measure]) -> di
         "tasks_above_chance": len(above),
         "gold_bits": ratio([before[k].value for k in gold], [after[k].value for k in gold]),
     }
+
+
+def errors_apart(before: Measure, after: Measure) -> float:
+    """How many standard errors the two lie apart, never negative; infinite for counts that differ.
+
+    In pairs, sample by sample, where both kept their samples; else as if they were independent.
+    """
+    if len(before.each) == len(after.each) > 1:
+        changes = [b - a for a, b in zip(before.each, after.each, strict=True)]
+        change, error = statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
+    else:
+        change, error = after.value - before.value, math.hypot(before.stderr or 0.0, after.stderr or 0.0)
+    return abs(change) / error if error else (math.inf if change else 0.0)
 
 
 def _above_chance(measure: Measure) -> bool:

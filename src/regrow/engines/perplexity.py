@@ -44,6 +44,7 @@ class TextScore:
     tokens: int  # targets scored
     perplexity_stderr: float | None
     bits_per_byte_stderr: float | None
+    losses: tuple[float, ...]  # mean nats a target of each block
     record: dict[str, Any]
 
 
@@ -86,6 +87,7 @@ def score_text(
         tokens=count * (seqlen - 1),
         perplexity_stderr=None if spread is None else perplexity * spread,
         bits_per_byte_stderr=bits_stderr,
+        losses=tuple(round(loss, 7) for loss in losses),
         record={
             "text": name,
             "sha256": hashlib.sha256(text.encode()).hexdigest(),

@@ -158,10 +158,14 @@ def measures(name: str, items: Items) -> dict[str, Measure]:
     for metric, right in (("acc", items.correct), ("acc_norm", items.correct_norm)):
         if right is not None:
             share, stderr = ratio([float(x) for x in right], [1] * count)
-            found[f"task/{name}/{metric}"] = Measure(share, "share", "higher", stderr, count, chance, items.how)
+            found[f"task/{name}/{metric}"] = Measure(
+                share, "share", "higher", stderr, count, chance, items.how, tuple(map(float, right))
+            )
     bits, stderr = ratio(items.gold_bits, items.gold_bytes)
     how = {**items.how, "average": "total bits / total bytes of the gold continuations"}
-    found[f"task/{name}/gold_bits_per_byte"] = Measure(bits, "bits/byte", "lower", stderr, count, None, how)
+    found[f"task/{name}/gold_bits_per_byte"] = Measure(
+        bits, "bits/byte", "lower", stderr, count, None, how, tuple(round(b, 5) for b in items.gold_bits)
+    )
     return found
 
 

@@ -97,15 +97,19 @@ def train(
     `heldout` (m, T) int64 is evaluated whole by every process. Weights train in the dtype they have: fp32.
     The model stays on the device it was trained on, in the mode it came in.
 
-    Raises `SettingsError` (nothing to train, batch and processes do not fit, the folder holds another run), `TextError`
-    (no blocks), `BrokenModel` (loss not finite, or diverging; the last good checkpoint stays), `OutputError`.
+    Raises `SettingsError` (nothing to train, batch and processes do not fit, `folder` holds another run), `TextError`
+    (no blocks), `BrokenModel` (loss not finite, or diverging; the last good checkpoint stays), `OutputError` (`folder` is not
+    writable).
     """
     groups = _groups(model, settings, loss)
-    _check_blocks(blocks)
-    start = open_run(folder, _identity(model, blocks, settings, groups, loss), resume=resume)
+    for text in (blocks,) if heldout is None else (blocks, heldout):
+        _check_blocks(text)
+    goal = loss.loss if isinstance(loss, Objective) else loss
     began = time.perf_counter()
     with _as_it_was(model, settings.checkpointing):
-        trainer = _Loop(model, blocks, settings, folder, loss.loss if isinstance(loss, Objective) else loss)
+        arguments = _arguments(settings, settings.steps(blocks.shape[1]), folder)
+        start = open_run(folder, _identity(model, blocks, settings, groups, goal), resume=resume)
+        trainer = _Loop(model, blocks, settings, goal, arguments)
         trainer.groups, trainer.heldout = groups, heldout
         watch = _Watch(trainer, progress)
         trainer.add_callback(watch)
@@ -135,13 +139,14 @@ class _Loop(Trainer):  # type: ignore[misc]
     groups: list[dict[str, Any]]
     heldout: Tensor | None = None
 
-    def __init__(self, model: nn.Module, blocks: Tensor, settings: TrainSettings, folder: Path, loss: Loss) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Tensor, settings: TrainSettings, loss: Loss, arguments: TrainingArguments
+    ) -> None:
         self.settings, self.loss = settings, loss
         self.block = int(blocks.shape[1])
         self.sums: dict[str, Tensor | float] = {}  # means over one step, in the making
-        steps = settings.steps(self.block)
-        stream = _Stream(blocks, order(len(blocks), steps * settings.batch, settings.seed))
-        super().__init__(model, _arguments(settings, steps, folder), train_dataset=stream)
+        stream = _Stream(blocks, order(len(blocks), arguments.max_steps * settings.batch, settings.seed))
+        super().__init__(model, arguments, train_dataset=stream)
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -167,7 +172,7 @@ class _Loop(Trainer):  # type: ignore[misc]
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], **_: Any) -> Tensor:
         answer = self.loss(model, inputs)
         loss, parts = answer if isinstance(answer, tuple) else (answer, {})
-        for name, value in {"loss": loss.detach(), **parts}.items():
+        for name, value in {**parts, "loss": loss.detach()}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value / self.args.gradient_accumulation_steps
         return loss
 
@@ -223,8 +228,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         step, settings = state.global_step, self.settings
-        limit = math.inf if settings.minutes is None else settings.minutes * 60
-        if step < state.max_steps and time.perf_counter() - self.began > limit:
+        if step < state.max_steps and self._late():
             control.should_training_stop = control.should_save = True
             self.stopped = f"{settings.minutes:g} minutes were up after step {step} of {state.max_steps}"
         evaluate = self.trainer.heldout is not None and (
@@ -241,6 +245,14 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             mark_complete(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    def _late(self) -> bool:
+        """All processes must stop in the same step, so the first whose time is up decides for all."""
+        if self.settings.minutes is None:
+            return False
+        late = time.perf_counter() - self.began > self.settings.minutes * 60
+        accelerator = self.trainer.accelerator
+        return bool(accelerator.gather(torch.tensor(late, device=accelerator.device)).any())
 
     def _record(self, step: int, evaluate: bool, write: bool) -> None:
         record: dict[str, float] = {"step": step, "tokens": step * self.settings.batch * self.trainer.block}
@@ -334,7 +346,7 @@ def _groups(model: nn.Module, settings: TrainSettings, loss: Loss | Objective) -
 def _check_blocks(blocks: Tensor) -> None:
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise TextError(
-            f"training blocks of shape {tuple(blocks.shape)}",
+            f"blocks of shape {tuple(blocks.shape)}",
             "(n, T) with n >= 1, T >= 2",
             "give more text to train on",
         )
@@ -344,13 +356,12 @@ def _identity(
     model: nn.Module, blocks: Tensor, settings: TrainSettings, groups: list[dict[str, Any]], loss: object
 ) -> dict[str, Any]:
     """What decides where a run ends."""
-    goal = loss.loss if isinstance(loss, Objective) else loss
     return {
         **{name: value for name, value in asdict(settings).items() if name not in FREE},
         "blocks": fingerprint(blocks),
         "weights": weights_fingerprint(model),
         "trained weights": sum(p.numel() for group in groups for p in group["params"]),
-        "loss": getattr(goal, "__name__", type(goal).__name__),
+        "loss": getattr(loss, "__name__", type(loss).__name__),
     }
 
 

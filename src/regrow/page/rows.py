@@ -1,17 +1,16 @@
 """The before/after table as rows of text: grouped, rounded, each with a verdict that knows what noise is.
 
-The page and the model card both print these rows. What this gives up: before and after are compared as if they were
-independent; a paired test on the same questions would see smaller differences.
+The page and the model card both print these rows. Measures that kept one value a sample are compared in pairs.
+What this gives up: speed and memory are compared as if the two runs were independent.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from regrow.artifacts.report import CHANCE_MARGIN, Measure, Report
+from regrow.artifacts.report import CHANCE_MARGIN, Measure, Report, errors_apart
 from regrow.page.numbers import NONE, percent, quantity, times, unit_label
 
 NOISE_MARGIN = 2.0  # a difference counts when it is larger than this many standard errors
@@ -79,13 +78,13 @@ def groups(report: Report) -> list[Group]:
 
 
 def verdict(before: Measure | None, after: Measure | None) -> Verdict:
-    """Better or worse only beyond `NOISE_MARGIN` standard errors of the difference; exact counts have none."""
+    """Better or worse only beyond `NOISE_MARGIN` standard errors of the difference; counts have none."""
     if before is None or after is None:
         return ""
     difference = after.value - before.value
     if difference == 0:
         return "same"
-    if abs(difference) <= NOISE_MARGIN * math.hypot(before.stderr or 0.0, after.stderr or 0.0):
+    if errors_apart(before, after) <= NOISE_MARGIN:
         return "noise"
     if before.better not in ("higher", "lower"):
         return "changed"

@@ -79,10 +79,22 @@ def measure_text(
     )
     return {
         f"text/{name}/perplexity": Measure(
-            score.perplexity, "perplexity", "lower", score.perplexity_stderr, score.tokens, how=score.record
+            score.perplexity,
+            "perplexity",
+            "lower",
+            score.perplexity_stderr,
+            score.tokens,
+            how=score.record,
+            each=score.losses,
         ),
         f"text/{name}/bits_per_byte": Measure(
-            score.bits_per_byte, "bits/byte", "lower", score.bits_per_byte_stderr, score.tokens, how=score.record
+            score.bits_per_byte,
+            "bits/byte",
+            "lower",
+            score.bits_per_byte_stderr,
+            score.tokens,
+            how=score.record,
+            each=score.losses,
         ),
     }
 

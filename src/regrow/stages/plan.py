@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from regrow.errors import BudgetError, InputError, SettingsError
 FINEST: tuple[Unit, ...] = ("neuron", "channel", "head", "group", "layer")  # smallest unit first
 DIVISORS: dict[Unit, int] = {"neuron": 32, "channel": 64, "head": 1, "group": 1, "layer": 1}
 STEPS = 400  # values of x that are tried
-REPAIRS = 4  # groups and heads multiply, so their count hangs on which layers keep which; set right afterwards
+TRIES = 12  # totals that are turned into plans, best first, until one lands on the budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +64,40 @@ def make_plan(anatomy: Anatomy, scores: Scores, wish: Wish) -> Plan:
     """The plan that meets the budget. Raises `BudgetError` naming the nearest budget that can be met."""
     check_wish(anatomy, wish)
     target = wish.budget.target(anatomy)
-    totals = meet(anatomy, wish, target)
-    plan = _realise(anatomy, scores, wish, totals)
-    for _ in range(REPAIRS):
-        excess = wish.budget.count(anatomy, plan.shape()) - target
-        finest, unit = _finest(anatomy, wish, totals)
-        if target >= wish.budget.count(anatomy, anatomy.dense) or -unit < excess <= 0:
+    best: tuple[int, Plan] | None = None
+    for totals in _ranked(anatomy, wish, target)[:TRIES]:
+        lands, excess, plan = _nearby(anatomy, scores, wish, totals, target)
+        if excess <= 0 and (best is None or lands or excess > best[0]):
+            best = excess, plan
+        if lands:
             break
-        totals[finest] = min(totals[finest] - -(-excess // unit), _full(anatomy, finest, totals.get("layer")))
-        plan = _realise(anatomy, scores, wish, totals)
-    plan.check(anatomy)
-    return plan
+    if best is None:
+        raise _unmet(anatomy, wish, target, target + excess)
+    best[1].check(anatomy)
+    return best[1]
+
+
+def _nearby(
+    anatomy: Anatomy, scores: Scores, wish: Wish, totals: Mapping[Unit, int], target: int
+) -> tuple[bool, int, Plan]:
+    """The largest plan within the target near these totals: (within one step of it, count - target, plan).
+
+    Groups and heads multiply, so what a plan counts hangs on which layers keep which; the finest axis sets it right.
+    """
+    finest, unit = _finest(anatomy, wish, totals)
+    layers = totals.get("layer", anatomy.sizes["L"])
+    least, full = _least(anatomy, wish, finest, layers), _full(anatomy, finest, layers)
+    step, total, tried = _step(wish, finest, layers), totals[finest], dict[int, tuple[int, Plan]]()
+    whole = target >= wish.budget.count(anatomy, anatomy.dense)
+    while total not in tried:
+        plan = _realise(anatomy, scores, wish, {**totals, finest: total})
+        excess = wish.budget.count(anatomy, plan.shape()) - target
+        tried[total] = excess, plan
+        if whole or -unit < excess <= 0:
+            return True, excess, plan
+        total = min(full, max(least, total - -(-excess // unit) * step))
+    excess, plan = max(tried.values(), key=lambda found: (found[0] <= 0, found[0] if found[0] <= 0 else -found[0]))
+    return False, excess, plan
 
 
 def _finest(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tuple[Unit, int]:
@@ -92,19 +114,33 @@ def _finest(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tuple[U
 
 
 def meet(anatomy: Anatomy, wish: Wish, target: int) -> dict[Unit, int]:
-    """Units to keep of each axis, over all layers that stay, for the largest model within the target."""
+    """Units to keep of each axis, over all layers that stay: the best totals whose even shape is within the target."""
+    return _ranked(anatomy, wish, target)[0]
+
+
+def _ranked(anatomy: Anatomy, wish: Wish, target: int) -> list[dict[Unit, int]]:
+    """Totals within the target: those that land on it first, then those nearest to the split that was asked for."""
     axes = [unit for unit in FINEST if unit in wish.axes]
-    dense = wish.budget.count(anatomy, anatomy.dense)
-    if target >= dense:
-        return {unit: _full(anatomy, unit) for unit in axes}
+    if target >= wish.budget.count(anatomy, anatomy.dense):
+        return [{unit: _full(anatomy, unit) for unit in axes}]
     finest, _ = _finest(anatomy, wish, {unit: _full(anatomy, unit) for unit in axes})
     roundings = (_rounded(anatomy, wish, axes, step / STEPS) for step in range(STEPS + 1))
     tried = {tuple((unit, total) for unit, total in r.items() if unit != finest) for r in roundings}
-    filled = (_fill(anatomy, wish, dict(coarse), finest, target) for coarse in sorted(tried))
-    best = min((f for f in filled if f is not None), key=partial(_unevenness, anatomy, wish), default=None)
-    if best is None:
-        raise _unmet(anatomy, wish, target, axes)
-    return best
+    filled = [_fill(anatomy, wish, dict(coarse), finest, target) for coarse in sorted(tried)]
+    within = [found for found in filled if found.count <= target]
+    if not within:
+        raise _unmet(anatomy, wish, target, min(found.count for found in filled))
+    within.sort(key=lambda found: (found.misses, *_unevenness(anatomy, wish, found)))
+    return [dict(found.totals) for found in within]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Totals that were tried, what they count, and whether that lies a step or more below the target."""
+
+    totals: Mapping[Unit, int]
+    count: int
+    misses: bool
 
 
 def _full(anatomy: Anatomy, unit: Unit, layers: int | None = None) -> int:
@@ -135,18 +171,17 @@ def _least(anatomy: Anatomy, wish: Wish, unit: Unit, layers: int) -> int:
 def _rounded(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], x: float) -> dict[Unit, int]:
     """Every axis cut by its share of `x`, rounded to whole steps, layers first since the others count over them."""
     totals: dict[Unit, int] = {}
+    most = max(wish.split.get(unit, 1.0) for unit in axes) or 1.0  # the axis that loses most is gone at x = 1
     for unit in reversed(axes):
         layers = totals.get("layer", anatomy.sizes["L"])
         full, step = _full(anatomy, unit, layers), _step(wish, unit, layers)
-        keep = full * max(0.0, 1 - wish.split.get(unit, 1.0) * x)
+        keep = full * (1 - wish.split.get(unit, 1.0) / most * x)
         totals[unit] = min(full, max(_least(anatomy, wish, unit, layers), round(keep / step) * step))
     return totals
 
 
-def _fill(
-    anatomy: Anatomy, wish: Wish, coarse: Mapping[Unit, int], finest: Unit, target: int
-) -> dict[Unit, int] | None:
-    """Set the finest axis to the largest total within the target; None when even its least is too much.
+def _fill(anatomy: Anatomy, wish: Wish, coarse: Mapping[Unit, int], finest: Unit, target: int) -> _Found:
+    """Set the finest axis to the largest total within the target, or to its least when even that is too much.
 
     Every count is linear in the units of one axis, so two counts tell them all.
     """
@@ -154,29 +189,27 @@ def _fill(
     step, full = _step(wish, finest, layers), _full(anatomy, finest, layers)
     least = _least(anatomy, wish, finest, layers)
 
-    def count(total: int) -> int:
-        return wish.budget.count(anatomy, even(anatomy, {**coarse, finest: total}))
+    def found(total: int) -> _Found:
+        totals = {**coarse, finest: total}
+        count = wish.budget.count(anatomy, even(anatomy, totals))
+        return _Found(totals, count, (target - count) * (full - least) >= step * slope)
 
-    lowest, highest = count(least), count(full)
-    if lowest > target:
-        return None
-    if highest <= target:
-        return {**coarse, finest: full}
-    total = least + (full - least) * (target - lowest) // (highest - lowest) // step * step
-    return {**coarse, finest: total}
+    lowest, highest = (wish.budget.count(anatomy, even(anatomy, {**coarse, finest: t})) for t in (least, full))
+    slope = highest - lowest  # from the least to the full axis
+    if lowest > target or highest <= target:
+        return found(least if lowest > target else full)
+    return found(least + (full - least) * (target - lowest) // slope // step * step)
 
 
-def _unevenness(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tuple[float, float]:
+def _unevenness(anatomy: Anatomy, wish: Wish, found: _Found) -> tuple[float, float]:
     """How far the axes are from losing the shares asked for; ties go to the larger model."""
-    layers = totals.get("layer", anatomy.sizes["L"])
+    layers = found.totals.get("layer", anatomy.sizes["L"])
     lost = [
-        (1 - totals[unit] / _full(anatomy, unit, layers)) / wish.split.get(unit, 1.0)
-        for unit in totals
+        (1 - total / _full(anatomy, unit, layers)) / wish.split.get(unit, 1.0)
+        for unit, total in found.totals.items()
         if wish.split.get(unit, 1.0) > 0
     ]
-    spread = max(lost) - min(lost) if lost else 0.0
-    count = wish.budget.count(anatomy, even(anatomy, totals))
-    return (round(spread, 3) if len(lost) > 1 else 0.0, -count)
+    return (round(max(lost) - min(lost), 3) if len(lost) > 1 else 0.0, -found.count)
 
 
 def _moves(anatomy: Anatomy, wish: Wish, unit: Unit) -> bool:
@@ -187,16 +220,13 @@ def _moves(anatomy: Anatomy, wish: Wish, unit: Unit) -> bool:
     )
 
 
-def _unmet(anatomy: Anatomy, wish: Wish, target: int, axes: Sequence[Unit]) -> BudgetError:
-    layers = _least(anatomy, wish, "layer", 0) if "layer" in axes else anatomy.sizes["L"]
-    least: dict[Unit, int] = {unit: _least(anatomy, wish, unit, layers) for unit in axes}
-    nearest = wish.budget.count(anatomy, even(anatomy, least))
+def _unmet(anatomy: Anatomy, wish: Wish, target: int, nearest: int) -> BudgetError:
     dense = wish.budget.count(anatomy, anatomy.dense)
     what = wish.budget.measure.replace("_", " ")
     return BudgetError(
-        f"budget {wish.budget.text} ({target:,} {what}) cannot be met by cutting {', '.join(axes)}",
+        f"budget {wish.budget.text} ({target:,} {what}) cannot be met by cutting {', '.join(wish.axes)}",
         f"at least {nearest:,} {what} ({100 * nearest / dense:.1f} % of {dense:,})",
-        "ask for more, or name more --axes (layer, group, head, neuron, channel)",
+        "ask for more, name more --axes (layer, group, head, neuron, channel), or smaller --divisors",
     )
 
 
