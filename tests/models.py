@@ -31,7 +31,7 @@ VOCAB, LENGTH, WINDOW = 64, 20, 6  # the sliding window is shorter than the text
 BASE: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 20,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "head_dim": 6,  # heads x head_dim is not the width, where a type lets us choose
@@ -44,7 +44,7 @@ BASE: dict[str, Any] = {
     "attention_bias": True,
     "mlp_bias": True,
 }
-MIXED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
+MIXED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": WINDOW}
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "qwen2": {**MIXED, "use_sliding_window": True},
@@ -120,7 +120,7 @@ def plan(anatomy: Anatomy, units: Iterable[Unit], *, uniform: bool, seed: int = 
         each = many("head", size["G"], 1)
         heads = tuple(sorted(h for g in groups for h in draw.sample(range(g * size["G"], (g + 1) * size["G"]), each)))
         layers.append(LayerPlan(index, groups, heads, pick(size["F"], many("neuron", size["F"], 12))))
-    channels = pick(size["C"], 16) if "channel" in units else tuple(range(size["C"]))
+    channels = pick(size["C"], 18) if "channel" in units else tuple(range(size["C"]))
     made = Plan(channels, tuple(layers), rescale_norms=rescale)
     made.check(anatomy)
     return made

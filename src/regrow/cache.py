@@ -13,14 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow.errors import OutputError
+
 
 def cache_dir(*parts: str) -> Path:
-    """The cache folder, or a folder inside it; made when it is missing."""
+    """The cache folder, or a folder inside it; made when it is missing. Raises `OutputError` when it cannot be."""
     root = os.environ.get("REGROW_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "regrow"
     )
     folder = Path(root, *parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the cache {folder} cannot be made: {error.strerror}", "a writable folder", "set REGROW_CACHE to one"
+        ) from error
     return folder
 
 

@@ -17,7 +17,7 @@ from regrow.cache import size_bytes
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks, check_vocabulary
 
-BOUND = 60.0  # held-out perplexity; the whole held-out part is in the model's regrow.json
+BOUND = 50.0  # held-out perplexity; the whole held-out part is in the model's regrow.json
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_a_wrong_cut_shows(sprout: Any, heldout: Tensor) -> None:
     """Two key heads swapped in one layer, with their values left where they are."""
     whole = perplexity(sprout, heldout)
     wrong = copy.deepcopy(sprout)
-    keys = wrong.model.layers[2].self_attn.k_proj.weight  # (4 heads x 16, 128)
+    keys = wrong.model.layers[3].self_attn.k_proj.weight  # (4 heads x 16, 128)
     keys.data = keys.data.view(4, 16, 128)[[1, 0, 2, 3]].reshape(64, 128)
-    assert perplexity(wrong, heldout) > whole * 1.02
+    assert perplexity(wrong, heldout) > whole * 1.2
 
 
 def test_the_folder_is_small_and_says_what_it_is(sprout: Any, sprout_dir: Path, tokenizer: Any) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from regrow.errors import SettingsError
+
 CHANCE_MARGIN = 2.0  # a task counts as above chance when dense beats it by this many standard errors
 
 
@@ -60,20 +62,19 @@ class Report:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Report:
+        """Raises `SettingsError` when `data` is no report."""
+
         def measures(rows: Mapping[str, Any]) -> dict[str, Measure]:
             return {name: Measure.from_json(row) for name, row in rows.items()}
 
-        keep = {k: v for k, v in data.items() if k in Report.__slots__}
-        return Report(
-            **{
-                **keep,
-                "before": measures(data["before"]),
-                "after": measures(data["after"]),
-                "samples": tuple(data.get("samples", ())),
-                "notes": tuple(data.get("notes", ())),
-                "training": tuple(data.get("training", ())),
-            }
-        )
+        try:
+            rest = {k: v for k, v in data.items() if k in Report.__slots__}
+            rest |= {k: tuple(data.get(k, ())) for k in ("samples", "notes", "training")}
+            return Report(**{**rest, "before": measures(data["before"]), "after": measures(data["after"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SettingsError(
+                f"not a report: {error!r}", "a report.json that regrow wrote", "check the path"
+            ) from error
 
 
 def retention(before: Mapping[str, Measure], after: Mapping[str, Measure]) -> dict[str, float | None]:

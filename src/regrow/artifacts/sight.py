@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrow.artifacts.family import UNITS, Unit
 from regrow.registry import Registry
@@ -87,14 +87,22 @@ def criterion(
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a pure function `(Sight, **options) -> (units,)` under its name, underscores as hyphens."""
 
+    unknown = {sees} - set(get_args(Sees)) | set(units) - set(UNITS)
+    if unknown:
+        raise TypeError(f"a criterion cannot see or score {sorted(unknown)}: {get_args(Sees)}, {UNITS}")
+
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         name = function.__name__.replace("_", "-")
         if not function.__doc__:
             raise TypeError(f"criterion {name!r} has no docstring: say in one line what it measures")
-        options = {k: p.default for k, p in list(inspect.signature(function).parameters.items())[1:]}
-        bare = [k for k, default in options.items() if default is inspect.Parameter.empty]
-        if bare:
-            raise TypeError(f"criterion {name!r}: option {bare[0]!r} has no default, so no command can leave it out")
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        for parameter in parameters:
+            if inspect.Parameter.empty in (parameter.default, parameter.annotation):
+                raise TypeError(
+                    f"criterion {name!r}: option {parameter.name!r} needs a default, so that it can be left out, "
+                    "and a type, so that it can be checked"
+                )
+        options = {parameter.name: parameter.default for parameter in parameters}
         about = function.__doc__.strip().splitlines()[0]
         CRITERIA.add(name, Criterion(name, sees, units, paper, about, function, options, comparable, layers_by))
         return function

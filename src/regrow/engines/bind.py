@@ -75,9 +75,16 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 def bind(config: PreTrainedConfig, model: nn.Module | None = None) -> Anatomy:
     """The anatomy of a configuration; `model` spares building an empty one.
 
-    Raises `UnsupportedModel` when no family declares it or when the layout differs from the declared one.
+    Raises `UnsupportedModel` when no family declares it, when the layout differs from the declared one, or when
+    layers differ in width already.
     """
     family = family_of(config)
+    if config.is_heterogeneous:
+        raise UnsupportedModel(
+            f"a {config.model_type} model, which was cut before: its layers differ",
+            "models whose layers are alike",
+            "cut its base model again with a smaller budget, or make the first cut with --uniform",
+        )
     model = empty_model(config) if model is None else model
     sizes = sizes_of(config)
     names = {name for name, _ in model.named_parameters()}
@@ -104,7 +111,7 @@ def bind_any(config: PreTrainedConfig) -> tuple[Anatomy, Shape]:
     drop = ("model_type", "per_layer_config", "architectures", "auto_map")
     data = {k: v for k, v in config.to_dict().items() if k not in drop}
     widest = config_class(config.model_type)(**data)
-    anatomy = bind(widest, empty_model(widest))
+    anatomy = bind(widest)
     rows = []
     for own in config.per_layer_config:
         skip = getattr(own, "skip", [])
@@ -148,7 +155,10 @@ def _owners(cuts: Any, path: str, kind: str, shape: tuple[int, ...]) -> tuple[tu
 
 
 def _check(anatomy: Anatomy) -> None:
-    """Every declared cut finds its tensor and stays inside it; every dimension of stream width is declared."""
+    """Every declared cut finds its tensor and stays inside it.
+
+    A tensor that a cut should have named is found when the cut model is built: its shape no longer fits.
+    """
     family = anatomy.family
     for tensor in anatomy.tensors:
         for unit, cut in tensor.cuts:

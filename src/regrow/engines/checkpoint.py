@@ -18,11 +18,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -75,26 +76,37 @@ def fingerprint(folder: Path) -> str:
 def notes(folder: Path, asked: str = "") -> dict[str, Any]:
     """What is known of a model: id (what was asked for, when that is a hub id), licence, a note on the checkpoint."""
     path, card = folder / NOTES, folder / "README.md"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = _json(path) if path.exists() else {}
     licence = re.search(r"^license:\s*(\S+)", card.read_text(), re.MULTILINE) if card.exists() else None
     name = folder.name if not asked or Path(asked).expanduser().is_dir() else asked
     return {"id": name, "licence": licence[1] if licence else "unknown", "note": "", **found}
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        raise BrokenModel(f"{path} cannot be read: {error}", "complete JSON", "download or write it again") from error
+
+
+def _brief(error: Exception) -> str:
+    return shorten(str(error), 300)
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration. Raises `QuantisedModel` for weights that are not plain floating point."""
-    data = json.loads((folder / "config.json").read_text())
-    if str(data.get("model_type", "")).startswith(hetero.PREFIX):
-        config = hetero.config_class(data["model_type"]).from_pretrained(folder)
-    else:
-        try:
+    data = _json(folder / "config.json")
+    try:
+        if str(data.get("model_type", "")).startswith(hetero.PREFIX):
+            config = hetero.config_class(data["model_type"]).from_pretrained(folder)
+        else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (ValueError, KeyError, OSError) as error:
-            raise ModelError(
-                f"the configuration in {folder} is not understood: {str(error).splitlines()[0]}",
-                "model types of the installed transformers",
-                "a model with its own code needs --trust-remote-code; a newer one a newer transformers",
-            ) from error
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        raise ModelError(
+            f"the configuration in {folder} is not understood: {_brief(error)}",
+            "model types of the installed transformers",
+            "a model with its own code needs --trust-remote-code; a newer one a newer transformers",
+        ) from error
     if getattr(config, "quantization_config", None):
         method = dict(data["quantization_config"]).get("quant_method", "unknown method")
         raise QuantisedModel(
@@ -105,26 +117,35 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     return cast("PreTrainedConfig", config)
 
 
-def check_files(folder: Path) -> None:
-    """Open every weight file. Raises `BrokenModel` naming a truncated, corrupt or missing one."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def check_files(folder: Path) -> torch.dtype:
+    """Open every weight file and return the type the first weight is stored in; masks and counters may be integers.
+
+    Raises `BrokenModel` naming a truncated, corrupt or missing file, `QuantisedModel` for weights in anything else.
+    """
     index = folder / "model.safetensors.index.json"
-    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    wanted = set(_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    found: list[str] = []
     for name in sorted(wanted):
         try:
             with safe_open(folder / name, "pt") as file:
-                kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+                kinds = [file.get_slice(key).get_dtype() for key in file.keys() if "weight" in key]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise BrokenModel(
                 f"{folder / name} cannot be read: {error}",
                 "complete safetensors files",
                 "download or write the model again; pickled checkpoints must be converted to safetensors first",
             ) from error
-        if not kinds <= {"F64", "F32", "F16", "BF16"}:
+        if not set(kinds) <= set(FLOATS):
             raise QuantisedModel(
-                f"{name} holds {', '.join(sorted(kinds))} weights",
+                f"{name} holds {', '.join(sorted(set(kinds)))} weights",
                 "weights in fp32, bf16 or fp16",
                 "cut the model it was quantised from, then quantise the result",
             )
+        found += kinds
+    return FLOATS[found[0]] if found else torch.float32
 
 
 def read(
@@ -132,23 +153,34 @@ def read(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (eval mode, computing in `dtype`) and tokenizer.
 
-    Raises `BrokenModel` for NaN weights or a tokenizer that does not fit.
+    Raises `BrokenModel` for missing, misshapen or NaN weights and for a tokenizer that does not fit.
     """
     config = read_config(folder, trust_remote_code=trust_remote_code)
     check_files(folder)
     options: dict[str, Any] = {"dtype": dtype, "config": config}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     if config.model_type.startswith(hetero.PREFIX):
-        model = hetero.model_class(config).from_pretrained(folder, **options)
+        model, info = hetero.model_class(config).from_pretrained(folder, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    for what, names in (
+        ("are missing", sorted(info["missing_keys"])),
+        ("do not fit the configuration", sorted(key for key, *_ in info["mismatched_keys"])),
+    ):
+        if names:
+            raise BrokenModel(
+                f"{folder}: weights that {what}: {', '.join(names[:3])}{' ...' * (len(names) > 3)}",
+                "every weight of the model, in the shape config.json says",
+                "download or write the model again",
+            )
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise BrokenModel(f"{name} holds NaN or infinite weights", "finite weights", "use another checkpoint")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises nothing more exact
         raise BrokenModel(
-            f"{folder} has no readable tokenizer: {str(error).splitlines()[0]}",
+            f"{folder} has no readable tokenizer: {_brief(error)}",
             "a tokenizer beside the model",
             "copy the tokenizer files of the base model into the folder",
         ) from error
@@ -158,8 +190,9 @@ def read(
 
 def storage_dtype(folder: Path) -> torch.dtype:
     """What the checkpoint is stored in, and so what a cut of it is stored in."""
-    name = json.loads((folder / "config.json").read_text())
-    return getattr(torch, str(name.get("dtype") or name.get("torch_dtype") or "bfloat16"))  # type: ignore[no-any-return]
+    data = _json(folder / "config.json")
+    said = getattr(torch, str(data.get("dtype") or data.get("torch_dtype")), None)
+    return said if isinstance(said, torch.dtype) else check_files(folder)
 
 
 @torch.no_grad()

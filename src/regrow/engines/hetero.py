@@ -121,16 +121,21 @@ def _changes(config: PreTrainedConfig, anatomy: Anatomy, plan: Plan) -> dict[str
         changes |= {"num_key_value_heads": widest_groups, "head_dim": anatomy.sizes["D"]}
     kept = [x.index for x in plan.layers]
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and name.startswith("layer") and len(value) == anatomy.sizes["L"]:
+        if isinstance(value, list) and "layer" in name and len(value) == anatomy.sizes["L"]:
             changes[name] = [value[i] for i in kept]
     return changes
 
 
+def _carried_over(config: PreTrainedConfig) -> dict[str, Any]:
+    """Every value but those that name a class or a file of the folder the model came from."""
+    own = ("model_type", "architectures", "auto_map", "per_layer_config")
+    return {name: value for name, value in config.to_dict().items() if name not in own}
+
+
 def _accepted(kind: Any, config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig | None:
     """A configuration of class `kind` with these changes, or None when its own checks refuse it."""
-    data = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "per_layer_config")}
     try:
-        new = kind(**{**data, **changes})
+        new = kind(**{**_carried_over(config), **changes})
     except (ValueError, StrictDataclassError):
         return None
     new.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[kind].__name__]
@@ -148,8 +153,7 @@ def _heterogeneous(config: PreTrainedConfig, plan: Plan, changes: Mapping[str, A
         if layer.neurons:
             own["intermediate_size"] = layer.neurons
         layers[index] = own
-    data = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "per_layer_config")}
-    new = config_class(config.model_type)(**{**data, **changes}, per_layer_config=layers)
+    new = config_class(config.model_type)(**{**_carried_over(config), **changes}, per_layer_config=layers)
     names = _names(config.model_type)
     stem = CODE_FILE.removesuffix(".py")
     new.architectures = [names["causal"]]

@@ -98,8 +98,7 @@ def train(
     The model stays on the device it was trained on, in the mode it came in.
 
     Raises `SettingsError` (nothing to train, batch and processes do not fit, `folder` holds another run), `TextError`
-    (no blocks), `BrokenModel` (loss not finite, or diverging; the last good checkpoint stays), `OutputError` (`folder` is not
-    writable).
+    (no blocks), `BrokenModel` (loss not finite, or diverging; the last good checkpoint stays), `OutputError`.
     """
     groups = _groups(model, settings, loss)
     for text in (blocks,) if heldout is None else (blocks, heldout):

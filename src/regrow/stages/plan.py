@@ -7,8 +7,9 @@ against another by their scores; that is a search.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from regrow.errors import BudgetError, InputError, SettingsError
 FINEST: tuple[Unit, ...] = ("neuron", "channel", "head", "group", "layer")  # smallest unit first
 DIVISORS: dict[Unit, int] = {"neuron": 32, "channel": 64, "head": 1, "group": 1, "layer": 1}
 STEPS = 400  # values of x that are tried
+GRID = 12  # values of x that are tried for each axis when no even cut lands on the budget
 TRIES = 12  # totals that are turned into plans, best first, until one lands on the budget
 
 
@@ -124,12 +126,14 @@ def _ranked(anatomy: Anatomy, wish: Wish, target: int) -> list[dict[Unit, int]]:
     if target >= wish.budget.count(anatomy, anatomy.dense):
         return [{unit: _full(anatomy, unit) for unit in axes}]
     finest, _ = _finest(anatomy, wish, {unit: _full(anatomy, unit) for unit in axes})
-    roundings = (_rounded(anatomy, wish, axes, step / STEPS) for step in range(STEPS + 1))
-    tried = {tuple((unit, total) for unit, total in r.items() if unit != finest) for r in roundings}
-    filled = [_fill(anatomy, wish, dict(coarse), finest, target) for coarse in sorted(tried)]
-    within = [found for found in filled if found.count <= target]
-    if not within:
-        raise _unmet(anatomy, wish, target, min(found.count for found in filled))
+    within: list[_Found] = []
+    for coarse in (_even_cuts, _uneven_cuts):
+        filled = [_fill(anatomy, wish, totals, finest, target) for totals in coarse(anatomy, wish, axes, finest)]
+        within += [found for found in filled if found.count <= target]
+        if not within:
+            raise _unmet(anatomy, wish, target, min(found.count for found in filled))
+        if not all(found.misses for found in within):
+            break
     within.sort(key=lambda found: (found.misses, *_unevenness(anatomy, wish, found)))
     return [dict(found.totals) for found in within]
 
@@ -168,16 +172,33 @@ def _least(anatomy: Anatomy, wish: Wish, unit: Unit, layers: int) -> int:
     return min(least, _full(anatomy, unit, layers))
 
 
-def _rounded(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], x: float) -> dict[Unit, int]:
-    """Every axis cut by its share of `x`, rounded to whole steps, layers first since the others count over them."""
-    totals: dict[Unit, int] = {}
+def _even_cuts(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], finest: Unit) -> list[dict[Unit, int]]:
+    """Totals of all axes but the finest when each is cut by its share of one x, for many x."""
+    return _rounded(anatomy, wish, axes, finest, (dict.fromkeys(axes, step / STEPS) for step in range(STEPS + 1)))
+
+
+def _uneven_cuts(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], finest: Unit) -> list[dict[Unit, int]]:
+    """The same with an x of its own for each axis: coarse steps may land on the budget only off the even split."""
+    shares = [(0.0,) if unit == finest else tuple(i / GRID for i in range(GRID + 1)) for unit in axes]
+    return _rounded(anatomy, wish, axes, finest, (dict(zip(axes, x, strict=True)) for x in product(*shares)))
+
+
+def _rounded(
+    anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], finest: Unit, cuts: Iterable[Mapping[Unit, float]]
+) -> list[dict[Unit, int]]:
+    """Every axis cut by its share of its x, rounded to whole steps, layers first since the others count over them."""
     most = max(wish.split.get(unit, 1.0) for unit in axes) or 1.0  # the axis that loses most is gone at x = 1
-    for unit in reversed(axes):
-        layers = totals.get("layer", anatomy.sizes["L"])
-        full, step = _full(anatomy, unit, layers), _step(wish, unit, layers)
-        keep = full * (1 - wish.split.get(unit, 1.0) / most * x)
-        totals[unit] = min(full, max(_least(anatomy, wish, unit, layers), round(keep / step) * step))
-    return totals
+    found: dict[tuple[int, ...], dict[Unit, int]] = {}
+    for x in cuts:
+        totals: dict[Unit, int] = {}
+        for unit in reversed(axes):
+            layers = totals.get("layer", anatomy.sizes["L"])
+            full, step = _full(anatomy, unit, layers), _step(wish, unit, layers)
+            keep = full * (1 - wish.split.get(unit, 1.0) / most * x[unit])
+            totals[unit] = min(full, max(_least(anatomy, wish, unit, layers), round(keep / step) * step))
+        del totals[finest]
+        found.setdefault(tuple(totals.values()), totals)
+    return list(found.values())
 
 
 def _fill(anatomy: Anatomy, wish: Wish, coarse: Mapping[Unit, int], finest: Unit, target: int) -> _Found:

@@ -90,7 +90,8 @@ def _check_options(choice: Choice) -> None:
     hints = get_type_hints(choice.criterion.score)
     for name, value in choice.options.items():
         allowed = get_args(hints[name]) or (hints[name],)
-        if value not in allowed and not (isinstance(allowed[0], type) and isinstance(value, allowed[0])):
+        kinds = tuple(a for a in allowed if isinstance(a, type)) + ((int,) if float in allowed else ())
+        if value not in allowed and not isinstance(value, kinds):
             raise SettingsError(
                 f"option {name}={value!r} of criterion {choice.criterion.name!r}",
                 ", ".join(getattr(a, "__name__", str(a)) for a in allowed),
