@@ -44,7 +44,10 @@ BASE: dict[str, Any] = {
     "attention_bias": True,
     "mlp_bias": True,
 }
-MIXED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": WINDOW}
+MIXED: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": WINDOW,
+}
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "qwen2": {**MIXED, "use_sliding_window": True},

@@ -206,7 +206,6 @@ def measured(
     inputs = {
         "model": subject.source["fingerprint"],
         "evaluate": asked.model_dump(mode="json", exclude={"speed", "repeats"}),
-        "seed": recipe.seed,
         "dtype": recipe.dtype,
         "text": None if asked.text is None else fingerprint(asked.text),
         "versions": machine()["versions"],
@@ -221,7 +220,6 @@ def measured(
             subject.model,
             subject.tokenizer,
             asked.model_copy(update={"speed": False}),
-            seed=recipe.seed,
             progress=progress,
         )
         said = write_samples(subject.model, subject.tokenizer, asked.samples)
@@ -235,7 +233,7 @@ def measured(
 
 
 def _measure(subject: Subject, recipe: Recipe, progress: Progress | None) -> dict[str, Measure]:
-    return evaluate(subject.model, subject.tokenizer, recipe.evaluate, seed=recipe.seed, progress=progress)
+    return evaluate(subject.model, subject.tokenizer, recipe.evaluate, progress=progress)
 
 
 def _recovered(

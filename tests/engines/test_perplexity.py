@@ -121,6 +121,7 @@ def test_score_by_hand() -> None:
     assert score.perplexity == pytest.approx(math.exp(losses.mean().item()), rel=1e-5)
     assert score.perplexity_stderr == pytest.approx(score.perplexity * (losses.std() / 3**0.5).item(), rel=1e-4)
     assert score.bits_per_byte == pytest.approx(losses.mean().item() / math.log(2), rel=1e-5)  # a token is a byte
+    assert score.losses == pytest.approx(losses.tolist(), rel=1e-5)
     assert done == [("sun", 1, 3), ("sun", 2, 3), ("sun", 3, 3)]
     assert score.record == {
         "text": "sun",

@@ -46,7 +46,7 @@ def answers(model: Any, tokenizer: Any) -> dict[str, Items]:
 
 
 def rows_of(name: str, limit: int | None = 4) -> list[dict[str, Any]]:
-    return list(tasks._rows(TASKS[name], limit, 0)[1])
+    return list(tasks._rows(TASKS[name], limit)[1])
 
 
 def nats(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
@@ -63,7 +63,7 @@ def test_equals_the_stock_evaluation(model: Any, tokenizer: Any, answers: dict[s
     from lm_eval.models.huggingface import HFLM
 
     names = ["piqa", "winogrande", "boolq"]
-    built = {n: tasks._stock_task(TASKS[n], tasks._rows(TASKS[n], 4, 0)[1]) for n in names}
+    built = {n: tasks._stock_task(TASKS[n], tasks._rows(TASKS[n], 4)[1]) for n in names}
     for task in built.values():
         task.set_config(key="num_fewshot", value=0)
     harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1, max_length=2048)
@@ -112,7 +112,7 @@ def test_mmlu_asks_every_subject_with_its_own_description() -> None:
     import lm_eval.tasks as stock
 
     assert len({row["subject"] for row in rows_of("mmlu", None)}) == 57
-    task = tasks._stock_task(TASKS["mmlu"], tasks._rows(TASKS["mmlu"], 4, 0)[1])
+    task = tasks._stock_task(TASKS["mmlu"], tasks._rows(TASKS["mmlu"], 4)[1])
     for doc in task.eval_docs:
         path = Path(stock.__file__).parent / f"mmlu/default/mmlu_{doc['subject']}.yaml"
         description = yaml.safe_load(path.read_text())["description"]
@@ -121,7 +121,7 @@ def test_mmlu_asks_every_subject_with_its_own_description() -> None:
 
 @pytest.mark.parametrize("name", task_names())
 def test_every_task_builds_and_its_chance_is_true(name: str) -> None:
-    task = tasks._stock_task(TASKS[name], tasks._rows(TASKS[name], 200, 0)[1])
+    task = tasks._stock_task(TASKS[name], tasks._rows(TASKS[name], 200)[1])
     chances = [1 / len(task.doc_to_choice(doc)) for doc in task.eval_docs]
     assert len(chances) == 200
     assert sum(chances) / 200 == pytest.approx(TASKS[name].chance, abs=0.005)
@@ -139,18 +139,20 @@ def test_measures_by_hand() -> None:
     )
     found = measures("toy", items)
     stderr = math.sqrt(0.75 * 0.25 / 3)
-    accuracy = Measure(0.75, "share", "higher", pytest.approx(stderr), 4, 0.3125, {"split": "val"})
+    right = (1.0, 0.0, 1.0, 1.0)
+    accuracy = Measure(0.75, "share", "higher", pytest.approx(stderr), 4, 0.3125, {"split": "val"}, right)
     assert found["task/toy/acc"] == accuracy
     gold = found["task/toy/gold_bits_per_byte"]
     assert (gold.value, gold.unit, gold.better, gold.chance) == (3.0, "bits/byte", "lower", None)
     assert gold.stderr == pytest.approx(math.sqrt(4 / 3 * (4**2 + 0 + 1 + 3**2)) / 10)
+    assert gold.each == items.gold_bits
     assert set(found) == {"task/toy/acc", "task/toy/gold_bits_per_byte"}
 
 
 def test_record(answers: dict[str, Items]) -> None:
     how = dict(answers["piqa"].how)
     assert how.pop("harness").startswith("lm_eval 0.")
-    assert how == {"split": "val", "shots": 0, "context": 2048, "limit": 4, "drawn_with_seed": 0}
+    assert how == {"split": "val", "shots": 0, "context": 2048, "limit": 4}
     assert answers["piqa"].ids == tuple(sorted(answers["piqa"].ids))
     assert set(measures("piqa", answers["piqa"])) == {
         f"task/piqa/{m}" for m in ("acc", "acc_norm", "gold_bits_per_byte")
@@ -213,3 +215,9 @@ def test_nan_is_a_broken_model(model: Any, tokenizer: Any) -> None:
             answer_tasks(model, tokenizer, ["piqa"], limit=1)
     finally:
         model.model.norm.weight.data.copy_(kept)
+
+
+def test_first_rows_come_from_each_part_in_turn() -> None:
+    assert tasks.first_rows([5], 3) == [0, 1, 2]  # as the harness's limit
+    assert tasks.first_rows([2, 1, 3], 4) == [0, 2, 3, 1]  # parts start at 0, 2, 3
+    assert sorted(tasks.first_rows([2, 1, 3], None)) == list(range(6))

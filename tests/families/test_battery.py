@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import anatomy_of, config_of, cut, difference, families, ids, logits, make, plan, soft, tokenizer, without
 
+from models import anatomy_of, config_of, cut, difference, families, ids, logits, make, plan, soft, tokenizer, without
 from regrow.artifacts.family import FAMILIES, UNITS, Family, Unit
 from regrow.artifacts.shape import count
 from regrow.engines import checkpoint

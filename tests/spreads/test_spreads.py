@@ -93,7 +93,7 @@ def test_across_keeps_the_best_of_all_layers() -> None:
 def test_across_ranks_when_layers_share_a_scale() -> None:
     """Counts are those of the threshold that keeps `total` units, once every layer has its least."""
     table = scores(7, 9, 5)
-    total = 30
+    total = 45
     counts = SPREADS.get("across").share(Ask(total, table, comparable=True))
     threshold = table.flatten().sort(descending=True).values[total - 1]
     assert min(counts) >= 1

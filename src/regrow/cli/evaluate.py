@@ -47,7 +47,7 @@ def evaluate(
         loaded, tokenizer, source = read_model(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=trust_remote_code
         )
-        found = measure(loaded, tokenizer, recipe.evaluate, seed=recipe.seed, progress=say)
+        found = measure(loaded, tokenizer, recipe.evaluate, progress=say)
     if not quiet:
         rows = [[name, console.figure(m), str(m.samples or "")] for name, m in found.items()]
         console.table(str(source["id"]), ["measure", "value", "samples"], rows)

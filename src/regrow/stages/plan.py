@@ -105,7 +105,9 @@ def _nearby(
 def _finest(anatomy: Anatomy, wish: Wish, totals: Mapping[Unit, int]) -> tuple[Unit, int]:
     """The axis that lands the count on the budget, and what one step of it counts."""
     axes = [unit for unit in FINEST if unit in totals]
-    finest = next((unit for unit in axes if _moves(anatomy, wish, unit)), axes[0])
+    moving = [(cost, unit) for unit in axes if (cost := _step_cost(anatomy, wish, unit))]
+    inside = [found for found in moving if found[1] != "layer"]  # the others count over the layers that stay
+    finest = min(inside or moving, key=lambda found: found[0], default=(0, axes[0]))[1]
     layers = totals.get("layer", anatomy.sizes["L"])
     step = _step(wish, finest, layers)
     less = {**totals, finest: max(totals[finest] - step, _least(anatomy, wish, finest, layers))}
@@ -233,12 +235,13 @@ def _unevenness(anatomy: Anatomy, wish: Wish, found: _Found) -> tuple[float, flo
     return (round(max(lost) - min(lost), 3) if len(lost) > 1 else 0.0, -found.count)
 
 
-def _moves(anatomy: Anatomy, wish: Wish, unit: Unit) -> bool:
-    """True when cutting this axis changes what the budget counts."""
-    less = {unit: _least(anatomy, wish, unit, anatomy.sizes["L"])}
-    return wish.split.get(unit, 1.0) > 0 and wish.budget.count(anatomy, even(anatomy, less)) < wish.budget.count(
-        anatomy, anatomy.dense
-    )
+def _step_cost(anatomy: Anatomy, wish: Wish, unit: Unit) -> int:
+    """What the intact model loses of the budget's count with one step of this axis; 0 when it may not be cut."""
+    full, layers = _full(anatomy, unit), anatomy.sizes["L"]
+    less = max(full - _step(wish, unit, layers), _least(anatomy, wish, unit, layers))
+    if wish.split.get(unit, 1.0) == 0 or less >= full:
+        return 0
+    return wish.budget.count(anatomy, anatomy.dense) - wish.budget.count(anatomy, even(anatomy, {unit: less}))
 
 
 def _unmet(anatomy: Anatomy, wish: Wish, target: int, nearest: int) -> BudgetError:
