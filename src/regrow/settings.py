@@ -29,8 +29,8 @@ class Calibration(_Part):
     """Text that scores are measured on. Only the calibration part of a source is used."""
 
     text: str = "demo"
-    tokens: int = Field(default=8192, ge=1)
-    block: int = Field(default=256, ge=8)
+    tokens: int = Field(default=4096, ge=1)
+    block: int = Field(default=128, ge=8)
 
 
 class Recover(_Part):
@@ -75,11 +75,11 @@ class Recipe(_Part):
     keep: str = "80%"
     axes: tuple[Axis, ...] = Field(default=("neuron", "group"), min_length=1)
     split: dict[Axis, Share] = Field(default_factory=dict)
-    criterion: str = "taylor"
+    criterion: str = "taylor-second"  # this, the spread and the calibration: bench/defaults.py
     criteria: dict[Axis, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
     reduce: Literal["sum", "mean", "max", "prod", "first"] = "sum"
-    spread: str = "uniform"
+    spread: str = "ends"
     uniform: bool = False
     divisors: dict[Axis, Step] = Field(default_factory=dict)
     rescale_norms: bool = False

@@ -75,10 +75,9 @@ def without(anatomy: Anatomy, unit: Unit, uniform: bool, *, all_but_one: bool = 
     `all_but_one`: without everything that can go.
     """
     dense, step = anatomy.dense, DIVISORS[unit] if uniform else 1
-    full = {"layer": len(dense.layers), "channel": dense.channels, "group": 0, "head": 0, "neuron": 0}
-    full |= dict(
-        zip(("group", "head", "neuron"), (lambda x: (x.groups, x.heads, x.neurons))(dense.layers[0]), strict=True)
-    )
+    first = dense.layers[0]
+    full = {"layer": len(dense.layers), "channel": dense.channels}
+    full |= {"group": first.groups, "head": first.heads, "neuron": first.neurons}
     left = step if all_but_one else full[unit] - step
     if unit == "layer":
         return Shape(dense.channels, dense.layers[:left])
@@ -86,7 +85,7 @@ def without(anatomy: Anatomy, unit: Unit, uniform: bool, *, all_but_one: bool = 
         return Shape(left, dense.layers)
     cut = LayerShape(*({**full, unit: left}[u] for u in ("group", "head", "neuron")))
     everywhere = uniform or all_but_one
-    return Shape(dense.channels, (cut, *((cut if everywhere else dense.layers[0],) * (len(dense.layers) - 1))))
+    return Shape(dense.channels, (cut, *((cut if everywhere else first,) * (len(dense.layers) - 1))))
 
 
 def tolerance(anatomy: Anatomy, asked: Wish) -> int:

@@ -28,17 +28,20 @@ def diff(one: Path_, other: Path_, as_json: o.Json = False) -> None:
 
 
 def plans(first: dict[str, object], second: dict[str, object]) -> tuple[list[list[str]], list[str]]:
-    """Per layer: units kept by both, by the first only, by the second only."""
+    """Units kept by both, by the first only, by the second only: channels, then layer by layer."""
     from regrow.artifacts.plan import Plan
 
-    sides = [{x.index: x for x in Plan.from_json(data).layers} for data in (first, second)]
-    rows = []
+    found = [Plan.from_json(data) for data in (first, second)]
+    sides = [{x.index: x for x in plan.layers} for plan in found]
+    kept: dict[str, list[set[int]]] = {"channels": [set(plan.channels) for plan in found]}
     for index in sorted({*sides[0], *sides[1]}):
         for kind in ("groups", "heads", "neurons"):
-            kept = [set(getattr(side[index], kind)) if index in side else set() for side in sides]
-            if kept[0] != kept[1]:
-                both = len(kept[0] & kept[1])
-                rows.append([f"{index} {kind}", str(both), str(len(kept[0]) - both), str(len(kept[1]) - both)])
+            kept[f"{index} {kind}"] = [set(getattr(s[index], kind)) if index in s else set() for s in sides]
+    rows = [
+        [name, *(str(len(units)) for units in (one & other, one - other, other - one))]
+        for name, (one, other) in kept.items()
+        if one != other
+    ]
     return rows, ["layer", "both", "first only", "second only"]
 
 

@@ -12,12 +12,11 @@ import sys
 import typer
 
 from regrow.cli import diff, doctor, estimate, evaluate, inspect, listing, prune, report, run, show
-from regrow.errors import OutputError, RegrowError
+from regrow.errors import InputError, OutputError, RegrowError
 
 app = typer.Typer(
     name="regrow",
     help="Cut a large language model back and let it regrow.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -40,15 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments or ["--help"], standalone_mode=False, prog_name="regrow")
         return result if isinstance(result, int) else 0
     except RegrowError as error:
         return _fail(arguments, error)
     except OSError as error:  # the cache, say: a full or read-only disk
         return _fail(arguments, OutputError(str(error), "a readable and writable disk", "make room; see REGROW_CACHE"))
     except typer.TyperException as error:  # what the parser refuses
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        return error.exit_code
+        command = " ".join(["regrow", *(a for a in arguments[:1] if not a.startswith("-"))])
+        message = error.format_message().rstrip(".")
+        return _fail(arguments, InputError(message, f"what `{command} --help` lists", "correct the command line"))
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted: nothing half-written was left; run the same command again to go on", file=sys.stderr)
         return 130

@@ -60,7 +60,7 @@ def prune(
         "split": o.numbers(split, "split") or None,
         "spread": spread,
         "uniform": uniform,
-        "divisors": {k: int(v) for k, v in o.numbers(divisors, "divisor").items()} or None,
+        "divisors": o.numbers(divisors, "divisor") or None,
         "rescale_norms": rescale_norms,
         "reduce": reduce,
         "calibration": present(text=calibration, tokens=calibration_tokens, block=calibration_block),

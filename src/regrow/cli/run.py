@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from regrow.cli import options as o
 from regrow.cli.prune import measured_text, present
+from regrow.errors import InputError
 from regrow.settings import find_recipe, overlay, parse, read_recipe
 
 
@@ -47,17 +49,29 @@ def run(
     )
     path = find_recipe(recipe)
     data = overlay(read_recipe(path), flags)
-    for item in override or []:
-        data = overlay(data, nested(item))
     if text == "none":
-        data["evaluate"]["text"] = None
+        data = put(data, ["evaluate", "text"], None)
+    for item in override or []:
+        data = put(data, *assignment(item))
     finish(parse(data, path.name), out, as_json=as_json, quiet=quiet)
 
 
-def nested(item: str) -> dict[str, Any]:
-    """`a.b=1` -> {a: {b: 1}}."""
-    (key, value), *_ = o.pairs(item, "--set").items()
-    found: Any = o.scalar(value)
-    for part in reversed(key.split(".")):
-        found = {part: found}
-    return dict(found)
+def assignment(item: str) -> tuple[list[str], Any]:
+    """`a.b=1` -> ([a, b], 1); the value is YAML, so a list is `[piqa, boolq]` and nothing is `null`."""
+    import yaml
+
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {item}", "KEY=VALUE, such as recover.rank=16", f"write --set {key or 'KEY'}=VALUE")
+    try:
+        return key.split("."), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {item}: {text!r} is not YAML", "a number, a word, [a, b]", "quote it") from error
+
+
+def put(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """`data` with `value` at the place that `path` names."""
+    key, *rest = path
+    below = data.get(key)
+    inner = below if isinstance(below, Mapping) else {}
+    return {**data, key: put(inner, rest, value) if rest else value}

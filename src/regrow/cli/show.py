@@ -18,11 +18,12 @@ def show(
     as_json: o.Json = False,
 ) -> None:
     """Print a plan, a report or a recipe."""
-    from regrow.settings import find_recipe, recipe_names
+    from regrow.settings import find_recipe, read_recipe, recipe_names
 
     path = Path(what)
     if what in recipe_names():
-        print(find_recipe(what).read_text(), end="")
+        text = find_recipe(what).read_text()
+        console.emit(read_recipe(find_recipe(what))) if as_json else print(text, end="")
         return
     if path.is_dir():
         path = path / "report.json"

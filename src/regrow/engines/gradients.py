@@ -43,20 +43,19 @@ def gradients(
     try:
         for number, part in enumerate(parts):
             done = number * len(blocks)
-            held = _accumulate(model, part, blocks, squares, progress, (done, len(parts) * len(blocks)))
+            means, held = _accumulate(model, part, blocks, squares, progress, (done, len(parts) * len(blocks)))
             for spec in part:
                 parameter = model.get_parameter(spec.name)
-                grad = parameter.grad
+                grad = means.pop(spec.name, parameter.grad)
                 parameter.grad = None
-                if grad is None:
-                    grad = torch.zeros_like(parameter)
+                grad = torch.zeros_like(parameter) if grad is None else grad
                 if not bool(grad.isfinite().all()):
                     raise BrokenModel(
                         f"the gradient of {spec.name} is not finite",
                         "finite gradients on the calibration text",
                         "compute in fp32 (--dtype fp32), or use a criterion without gradients such as activation",
                     )
-                visit(spec, parameter.detach(), grad, held.pop(spec.name, None))
+                visit(spec, parameter.detach().float(), grad.float(), held.pop(spec.name, None))
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = None
@@ -79,8 +78,8 @@ def _accumulate(
     squares: bool,
     progress: Progress | None,
     at: tuple[int, int],
-) -> dict[str, Tensor]:
-    """Leave the mean gradient in `.grad` of the part's parameters; return their mean squares by name."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean gradients and mean squares by name, fp32; without `squares` the means stay in `.grad` and both are empty."""
     names = {spec.name for spec in part}
     for name, parameter in model.named_parameters():
         parameter.grad = None
@@ -96,21 +95,19 @@ def _accumulate(
                 parameter = model.get_parameter(name)
                 if parameter.grad is not None:
                     _add(held, name, parameter.grad.float().square(), len(blocks))
-                    _add(means, name, parameter.grad, len(blocks))
+                    _add(means, name, parameter.grad.float(), len(blocks))
                     parameter.grad = None
         if progress is not None:
             progress(at[0] + index, at[1])
     for name in names:
         parameter = model.get_parameter(name)
-        if squares:
-            parameter.grad = means.pop(name, None)
-        elif parameter.grad is not None:
+        if parameter.grad is not None:
             parameter.grad /= len(blocks)
-    return held
+    return means, held
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor, count: int) -> None:
     if name in sums:
         sums[name].add_(value, alpha=1 / count)
     else:
-        sums[name] = value.div_(count) if value.dtype == torch.float32 and not value.requires_grad else value / count
+        sums[name] = value.div_(count)

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from regrow.artifacts.shape import Anatomy
 from regrow.engines.perplexity import head_losses
-from regrow.engines.walk import Progress, body
+from regrow.engines.walk import Progress, body, check_finite
 
 
 @torch.inference_mode()
 def loss_without_layers(
     model: Any, anatomy: Anatomy, blocks: Tensor, *, progress: Progress | None = None
 ) -> tuple[float, Tensor]:  # loss with all layers, (L,) fp64 losses without each
-    """Mean next-token loss over `blocks` (n, T) with every layer, and without each one."""
+    """Mean next-token loss over `blocks` (n, T) with every layer, and without each one.
+
+    Raises `BrokenModel` naming the layer when what it adds, or the loss without it, is not finite.
+    """
     layers = list(model.get_submodule(anatomy.family.layers).children())
     norm = model.get_submodule(anatomy.family.final_norm)
     whole, without = 0.0, torch.zeros(len(layers), dtype=torch.float64)
@@ -42,9 +45,12 @@ def loss_without_layers(
                 skipped = run_layer(layer, skipped, args, kwargs)
             without[i] += loss(skipped)
             stream = run_layer(layers[i], stream, *calls[i])
+            check_finite(f"activations leaving {anatomy.family.layers}.{i}", stream)
         whole += loss(stream)
         if progress is not None:
             progress(done, len(blocks))
+    for i, value in enumerate(without):
+        check_finite(f"losses without {anatomy.family.layers}.{i}", value)
     return whole / len(blocks), without / len(blocks)
 
 

@@ -98,13 +98,24 @@ def observe(
                 progress(seen.sequences, len(blocks))
     for sites in seen.flow.values():
         for (_, _, path), sums in sites.items():
-            if not bool(sums.squares.isfinite().all()):
-                raise BrokenModel(
-                    f"activations at {path} are not finite",
-                    "finite activations on the calibration text",
-                    "compute in fp32 (--dtype fp32), or look for outliers in the weights of this module",
-                )
+            check_finite(f"activations at {path}", sums.squares)
+    if seen.angles is not None:
+        streams = [f"entering {anatomy.family.layers}.{i}" for i in range(anatomy.sizes["L"])] + [
+            "leaving the last layer"
+        ]
+        for where, length in zip(streams, seen.angles.diagonal(), strict=True):
+            check_finite(f"activations {where}", length)
     return seen
+
+
+def check_finite(what: str, values: Tensor) -> None:
+    """Raise `BrokenModel` naming what is not finite."""
+    if not bool(values.isfinite().all()):
+        raise BrokenModel(
+            f"{what} are not finite",
+            "finite numbers on the calibration text",
+            "compute in fp32 (--dtype fp32), or look for outliers in the weights of this module",
+        )
 
 
 def body(model: nn.Module) -> Any:

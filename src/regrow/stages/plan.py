@@ -37,7 +37,7 @@ class Wish:
     budget: Budget
     axes: tuple[Unit, ...] = ("neuron", "group")
     split: Mapping[Unit, float] = field(default_factory=dict)  # share of x each axis loses; 1 unless named
-    spread: str = "uniform"
+    spread: str = "ends"
     uniform: bool = False  # the same widths in every layer
     divisors: Mapping[Unit, int] = field(default_factory=dict)  # widths are multiples; DIVISORS when uniform, else 1
     rescale_norms: bool = False

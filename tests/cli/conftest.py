@@ -1,0 +1,55 @@
+"""Commands run in this process, with a cache of their own and libraries left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prompt import Command, Done
+
+from regrow.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _apart(monkeypatch: pytest.MonkeyPatch, shared_cache: Path) -> Iterator[None]:
+    import datasets
+    from transformers import logging
+
+    monkeypatch.setenv("REGROW_CACHE", str(shared_cache))
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    quiet = datasets.are_progress_bars_disabled()
+    yield
+    logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()
+    if not quiet:
+        datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def regrow(capsys: pytest.CaptureFixture[str]) -> Command:
+    """`regrow("prune", ...)` as at a prompt."""
+
+    def call(*arguments: object) -> Done:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        caught = capsys.readouterr()
+        return Done(code, caught.out, caught.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of about 700 tokens to measure on."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("The river rose in the night and the people of the town went up the hill with their dogs. " * 30)
+    return path

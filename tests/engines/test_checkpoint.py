@@ -1,0 +1,385 @@
+"""Folders: whole or not there, equal to memory, and every kind of damage named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import VOCAB, anatomy_of, cut, difference, logits, make, plan, tokenizer
+from regrow.engines import checkpoint
+from regrow.errors import BrokenModel, IdentityError, ModelError, OutputError, QuantisedModel, RegrowError
+
+PROBE = checkpoint.probe(VOCAB)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole folder; copy it before breaking it."""
+    folder = tmp_path_factory.mktemp("good") / "model"
+    folder.mkdir()
+    checkpoint.write(make("llama"), tokenizer(), folder, torch.float32, None)
+    return folder
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, **changes}))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# ---- whole or not there
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with checkpoint.staged(out) as folder:
+        assert folder.parent == out.parent
+        assert folder.name.startswith(".out.")
+        assert folder.name.endswith(".partial")
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("x")
+        assert not out.exists()
+    assert (out / "inner" / "file").read_text() == "x"
+    assert os.listdir(out.parent) == ["out"]
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError("inside"), KeyboardInterrupt()])
+def test_an_error_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), checkpoint.staged(tmp_path / "out") as folder:  # noqa: PT012
+        (folder / "file").write_text("x")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_exists_is_not_touched(tmp_path: Path, is_folder: bool) -> None:
+    out = tmp_path / "out"
+    if is_folder:
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    else:
+        out.write_text("mine")
+    with pytest.raises(OutputError, match="exists") as caught, checkpoint.staged(out):
+        pytest.fail("the block must not run")
+    assert "another --out" in caught.value.todo
+    assert (out / "mine" if is_folder else out).read_text() == "mine"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="cannot be written"), checkpoint.staged(out) as folder:  # noqa: PT012
+        (folder / "file").write_text("x")
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    assert os.listdir(out) == ["mine"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be written"), checkpoint.staged(tmp_path / "file" / "out"):
+        pytest.fail("the block must not run")
+
+
+def test_a_parent_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # permissions bind everyone but root
+    with pytest.raises(OutputError, match="Permission denied") as caught:
+        checkpoint.check_out(tmp_path / "out")
+    assert "writable folder" in caught.value.allowed
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match="the disk is full"), checkpoint.staged(tmp_path / "out"):
+        full()
+    monkeypatch.setattr(checkpoint, "save_torch_state_dict", full)
+    with pytest.raises(OutputError, match="No space left"), checkpoint.staged(tmp_path / "out") as folder:
+        checkpoint.write(make("llama"), tokenizer(), folder, torch.float32, None)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="the disk is full"), checkpoint.staged(tmp_path / "out") as folder:
+        (folder / "file").write_text("x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_out_is_tried_before_the_work(tmp_path: Path) -> None:
+    checkpoint.check_out(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from regrow.engines.checkpoint import staged
+with staged(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("x")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_run_leaves_only_a_hidden_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".out.")
+    assert left.endswith(".partial")
+    with checkpoint.staged(out):  # and it is not in the way
+        pass
+    assert out.is_dir()
+
+
+# ---- equal to memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_memory_equals_disk_bit_for_bit(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    """Weights are rounded to the storage type before anything is measured."""
+    model = cut(make("gemma2", tie_word_embeddings=tied), plan(anatomy_of(make("gemma2")), ("neuron",), uniform=False))
+    before = logits(model.model, PROBE)
+    checkpoint.round_to(model.model, dtype)
+    assert (difference(before, logits(model.model, PROBE)) > 0) == (dtype != torch.float32)
+    checkpoint.write(model.model, tokenizer(), tmp_path, dtype, model.holder.code)
+    assert checkpoint.storage_dtype(tmp_path) == dtype
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    again, _ = checkpoint.read(tmp_path)
+    for (name, ours), (same, theirs) in zip(model.model.named_parameters(), again.named_parameters(), strict=True):
+        assert name == same
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(logits(model.model, PROBE), logits(again, PROBE))
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != tied
+
+
+def test_a_flipped_bit_is_found(good: Path, copy: Path) -> None:
+    reference = logits(make("llama"), PROBE)
+    checkpoint.reread(good, reference, PROBE)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-2] ^= 0x20  # the exponent's lowest bits of the last weight
+    (copy / "model.safetensors").write_bytes(data)
+    with pytest.raises(IdentityError, match="reloaded folder") as caught:
+        checkpoint.reread(copy, reference, PROBE)
+    assert "nothing was written" in caught.value.todo
+    assert checkpoint.fingerprint(good) != checkpoint.fingerprint(copy)
+
+
+def test_a_cache_that_generates_something_else_is_found(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = logits(make("llama"), PROBE)
+    right = checkpoint.cached_logits
+    monkeypatch.setattr(checkpoint, "cached_logits", lambda *a: right(*a).roll(1, 1))
+    with pytest.raises(IdentityError, match="generation with and without a cache"):
+        checkpoint.reread(good, reference, PROBE)
+
+
+@pytest.mark.parametrize("theirs", [torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.1])])
+def test_difference_by_hand(theirs: torch.Tensor) -> None:
+    ours = torch.tensor([1.0, 2.0])
+    assert checkpoint.check_equal("two", ours, ours + torch.tensor([0.0, 1e-5])) == pytest.approx(5e-6, rel=0.05)
+    with pytest.raises(IdentityError, match="two differ"):
+        checkpoint.check_equal("two", ours, theirs)
+
+
+def test_what_travels_beside_the_weights(tmp_path: Path) -> None:
+    model, words = make("llama"), tokenizer()
+    model.generation_config.update(do_sample=True, temperature=0.7, max_new_tokens=33)
+    checkpoint.write(model, words, tmp_path, torch.float32, "# code\n")
+    again, read = checkpoint.read(tmp_path)
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    assert read.chat_template == words.chat_template
+    turns = [{"role": "user", "content": "w5"}]
+    assert read.apply_chat_template(turns, tokenize=False) == words.apply_chat_template(turns, tokenize=False)
+    assert read("w3 w9 w63")["input_ids"] == [3, 9, 63]
+    assert (read.eos_token_id, read.bos_token_id, read.pad_token_id) == (2, 1, 0)
+    assert (tmp_path / "modeling_regrow.py").read_text() == "# code\n"
+
+
+def test_sampling_settings_that_no_longer_make_sense_survive(copy: Path, tmp_path: Path) -> None:
+    """Many published folders set a temperature without sampling; writing must not stumble over it."""
+    odd = {"do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    (copy / "generation_config.json").write_text(json.dumps(odd))
+    model, words = checkpoint.read(copy)
+    (tmp_path / "out").mkdir()
+    checkpoint.write(model, words, tmp_path / "out", torch.float32, None)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert odd.items() <= written.items()
+
+
+# ---- every kind of damage
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def shard_missing(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def not_a_number(folder: Path) -> None:
+    edit_weights(folder, lambda w: w["model.layers.1.mlp.up_proj.weight"].view(-1)[5].fill_(float("nan")))
+
+
+def infinite(folder: Path) -> None:
+    edit_weights(folder, lambda w: w["model.norm.weight"][0].fill_(float("inf")))
+
+
+def tensor_missing(folder: Path) -> None:
+    edit_weights(folder, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def tensor_misshapen(folder: Path) -> None:
+    edit_weights(folder, lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}))
+
+
+def whole_numbers(folder: Path) -> None:
+    edit_weights(folder, lambda w: w.update({"lm_head.weight": torch.zeros(64, 24, dtype=torch.int8)}))
+
+
+def other_words(folder: Path) -> None:
+    tokenizer(VOCAB + 5).save_pretrained(folder)
+
+
+def no_words(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+DAMAGE: list[tuple[Callable[[Path], object], type[RegrowError], str]] = [
+    (truncate, BrokenModel, r"model\.safetensors cannot be read"),
+    (only_pickled, BrokenModel, r"model\.safetensors cannot be read"),
+    (shard_missing, BrokenModel, "model-00002-of-00002"),
+    (lambda f: (f / "model.safetensors").unlink(), BrokenModel, r"model\.safetensors cannot be read"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{"), BrokenModel, r"index\.json cannot be read"),
+    (not_a_number, BrokenModel, r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"),
+    (infinite, BrokenModel, r"model\.norm\.weight holds NaN or infinite"),
+    (tensor_missing, BrokenModel, r"missing: model\.layers\.1\.mlp\.up_proj\.weight"),
+    (tensor_misshapen, BrokenModel, r"do not fit the configuration: model\.layers\.1\.mlp\.up_proj\.weight"),
+    (whole_numbers, QuantisedModel, "I8"),
+    (lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), QuantisedModel, "gptq"),
+    (other_words, BrokenModel, "token id 68"),
+    (no_words, BrokenModel, "no readable tokenizer"),
+    (lambda f: (f / "tokenizer.json").write_text("{"), BrokenModel, "no readable tokenizer"),
+    (lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'), BrokenModel, "no readable tokenizer"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "lla'), BrokenModel, r"config\.json cannot be read"),
+    (lambda f: edit_config(f, model_type="nonsense"), ModelError, "nonsense"),
+    (lambda f: edit_config(f, model_type="regrow_nonsense"), ModelError, "nonsense"),
+    (lambda f: edit_config(f, num_attention_heads=5), ModelError, "not a multiple"),
+    (lambda f: edit_config(f, num_attention_heads="six"), ModelError, "num_attention_heads"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "says"), DAMAGE, ids=[says for _, _, says in DAMAGE])
+def test_damage_is_named(copy: Path, damage: Callable[[Path], object], error: type[RegrowError], says: str) -> None:
+    damage(copy)
+    with pytest.raises(error, match=says) as caught:
+        checkpoint.read(copy)
+    assert type(caught.value) is error
+    assert caught.value.allowed
+    assert caught.value.todo
+
+
+def test_a_pickled_checkpoint_says_what_to_do(copy: Path) -> None:
+    only_pickled(copy)
+    with pytest.raises(BrokenModel) as caught:
+        checkpoint.check_files(copy)
+    assert "converted to safetensors" in caught.value.todo
+
+
+def test_masks_among_the_weights_are_not_quantisation(copy: Path) -> None:
+    """Old GPT-NeoX folders store their causal mask as booleans."""
+    edit_weights(copy, lambda w: w.update({"model.layers.0.attention.bias": torch.ones(2, 2, dtype=torch.bool)}))
+    assert checkpoint.check_files(copy) == torch.float32
+    checkpoint.read(copy)
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": None}, torch.float32),
+    ],
+)
+def test_what_it_is_stored_in(copy: Path, said: dict[str, Any], dtype: torch.dtype) -> None:
+    """The configuration says; where it does not, the first weight does."""
+    edit_config(copy, **said)
+    assert checkpoint.storage_dtype(copy) == dtype
+
+
+# ---- names
+
+
+def test_a_folder_is_found(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint.locate(str(good)) == good
+    monkeypatch.setenv("HOME", str(good.parent))
+    assert checkpoint.locate("~/model") == good
+    with pytest.raises(BrokenModel, match=r"no config\.json"):
+        checkpoint.locate(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nobody/has-this", "not a name at all", "./missing/folder"])
+def test_a_name_that_leads_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="neither a folder here nor to be had") as caught:
+        checkpoint.locate(name)
+    assert repr(name) in caught.value.came
+    assert "demo" in caught.value.allowed
+    assert time.monotonic() - began < 20
+
+
+def test_notes(copy: Path) -> None:
+    assert checkpoint.notes(copy) == {"id": "model", "licence": "unknown", "note": ""}
+    (copy / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert checkpoint.notes(copy, "someone/thing") == {"id": "someone/thing", "licence": "mit", "note": ""}
+    (copy / checkpoint.NOTES).write_text('{"id": "mine", "note": "rounded"}')
+    assert checkpoint.notes(copy) == {"id": "mine", "licence": "mit", "note": "rounded"}
+    (copy / checkpoint.NOTES).write_text("{")
+    with pytest.raises(BrokenModel, match=r"regrow\.json"):
+        checkpoint.notes(copy)
+
+
+def test_the_probe_is_the_same_every_time() -> None:
+    assert torch.equal(checkpoint.probe(VOCAB), PROBE)
+    assert PROBE.shape == (1, 48)
+    assert 0 <= int(PROBE.min()) <= int(PROBE.max()) < VOCAB
