@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from regrow.artifacts.family import Cut
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy
 from regrow.engines.gates import Gates, LayerGates, expand, from_plan, gated
+from regrow.errors import UnsupportedModel
 
 KINDS = [kind for kind, _ in families()]
 
@@ -58,6 +60,19 @@ def test_gates_of_a_plan_by_hand() -> None:
     assert int(cut.layers[0].neuron.sum()) == 12
     assert cut.layers[0].group is not None
     assert cut.layers[0].group.tolist().count(1.0) == 2
+
+
+@pytest.mark.parametrize("unit", ["group", "channel"])
+def test_a_plan_for_units_the_family_cannot_cut(unit: str) -> None:
+    """Such a plan would be ignored: there is no tensor it names."""
+    anatomy = anatomy_of(make("gpt_neox"))
+    whole = Plan.everything(anatomy)
+    fewer = tuple(replace(layer, groups=(0, 1), heads=(0, 1)) for layer in whole.layers)
+    wrong = replace(whole, layers=fewer) if unit == "group" else replace(whole, channels=(0, 1))
+    with pytest.raises(UnsupportedModel, match=f"2 of .* {unit}s of a gpt_neox model") as caught:
+        from_plan(anatomy, wrong)
+    assert caught.value.allowed.startswith("layer, neuron")
+    assert unit in caught.value.todo
 
 
 @pytest.mark.parametrize("kind", KINDS)

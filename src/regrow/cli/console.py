@@ -37,15 +37,20 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
+    bars = Bars(*columns, console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
 
-        def say(what: str, done: int, total: int) -> None:
-            if what not in tasks or bars.tasks[tasks[what]].finished:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+    def say(what: str, done: int, total: int) -> None:
+        bars.start()
+        if what not in tasks or bars.tasks[tasks[what]].finished:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
 
+    try:
         yield say
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def hush() -> None:

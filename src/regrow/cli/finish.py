@@ -60,14 +60,15 @@ def tables(scores: Scores) -> dict[str, list[list[float]]]:
     return found
 
 
-def load_line(report: Report, out: Path | str) -> str:
+def load_line(report: Report, out: Path | str, what: str = "AutoModelForCausalLM") -> str:
     trust = ", trust_remote_code=True" if report.model["holder"] == "heterogeneous" else ""
-    return f'AutoModelForCausalLM.from_pretrained("{out}"{trust})'
+    return f'{what}.from_pretrained("{out}"{trust})'
 
 
 def load_code(report: Report, out: str) -> str:
+    """Without trust the tokenizer would ask too: it reads the model's configuration."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = {load_line(report, out)}\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{out}")\n'
+        f"tokenizer = {load_line(report, out, 'AutoTokenizer')}\n"
     )

@@ -14,6 +14,8 @@ import typer
 from regrow.cli import diff, doctor, estimate, evaluate, inspect, listing, prune, report, run, show
 from regrow.errors import InputError, OutputError, RegrowError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="regrow",
     help="Cut a large language model back and let it regrow.",
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         result = app(arguments or ["--help"], standalone_mode=False, prog_name="regrow")
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
     except RegrowError as error:
         return _fail(arguments, error)
     except OSError as error:  # the cache, say: a full or read-only disk
@@ -50,8 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         message = error.format_message().rstrip(".")
         return _fail(arguments, InputError(message, f"what `{command} --help` lists", "correct the command line"))
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # typer turns the interruption of a command into this code
         print("interrupted: nothing half-written was left; run the same command again to go on", file=sys.stderr)
-        return 130
+    return code
 
 
 def _fail(arguments: list[str], error: RegrowError) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,31 +12,32 @@ from regrow.cli import console
 from regrow.cli import options as o
 from regrow.errors import InputError
 
+if TYPE_CHECKING:
+    from regrow.artifacts.plan import Plan
+
 
 def show(
     what: Annotated[str, typer.Argument(help="a folder regrow wrote, a plan.json, a report.json, or a recipe's name")],
     as_json: o.Json = False,
 ) -> None:
     """Print a plan, a report or a recipe."""
+    from regrow.artifacts.plan import Plan
+    from regrow.artifacts.report import Report
     from regrow.settings import find_recipe, read_recipe, recipe_names
 
-    path = Path(what)
     if what in recipe_names():
         text = find_recipe(what).read_text()
         console.emit(read_recipe(find_recipe(what))) if as_json else print(text, end="")
         return
-    if path.is_dir():
-        path = path / "report.json"
-    data = read(path)
-    if not as_json:
-        if "layers" in data:
-            show_plan(data)
-        else:
-            from regrow.artifacts.report import Report
-
-            console.show_report(Report.from_json(data))
-    else:
+    path = Path(what)
+    data = read(path / "report.json" if path.is_dir() else path)
+    artifact = Plan.from_json(data) if "layers" in data else Report.from_json(data)
+    if as_json:
         console.emit(data)
+    elif isinstance(artifact, Plan):
+        show_plan(artifact)
+    else:
+        console.show_report(artifact)
 
 
 def read(path: Path) -> dict[str, object]:
@@ -54,10 +55,7 @@ def read(path: Path) -> dict[str, object]:
     return data
 
 
-def show_plan(data: dict[str, object]) -> None:
-    from regrow.artifacts.plan import Plan
-
-    plan = Plan.from_json(data)
+def show_plan(plan: Plan) -> None:
     print(plan.shape())
     rows = [[str(x.index), str(len(x.groups)), str(len(x.heads)), str(len(x.neurons))] for x in plan.layers]
     console.table("", ["layer", "groups", "query heads", "neurons"], rows)

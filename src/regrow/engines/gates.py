@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from regrow.artifacts.family import Cut, Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy
+from regrow.errors import UnsupportedModel
 
 Hook = Callable[[Tensor], Tensor]
 
@@ -47,24 +48,33 @@ class Gates:
 
 
 def from_plan(anatomy: Anatomy, plan: Plan) -> Gates:
-    """Binary gates that leave open what the plan keeps. A layer or branch that is gone has its whole branch shut."""
-    sizes = anatomy.sizes
+    """Binary gates that leave open what the plan keeps. A layer or branch that is gone has its whole branch shut.
+
+    Raises `UnsupportedModel` when the plan drops units that this family cannot cut.
+    """
     gone = torch.zeros(())
-    layers = [LayerGates(attention=gone, mlp=gone) for _ in range(sizes["L"])]
+    layers = [LayerGates(attention=gone, mlp=gone) for _ in range(anatomy.sizes["L"])]
     for kept in plan.layers:
         layers[kept.index] = LayerGates(
-            group=_binary(kept.groups, sizes["K"]) if kept.groups else None,
-            head=_binary(kept.heads, sizes["H"]) if kept.groups else None,
-            neuron=_binary(kept.neurons, sizes["F"]) if kept.neurons else None,
+            group=_binary(anatomy, "group", kept.groups) if kept.groups else None,
+            head=_binary(anatomy, "head", kept.heads) if kept.groups else None,
+            neuron=_binary(anatomy, "neuron", kept.neurons) if kept.neurons else None,
             attention=None if kept.groups else gone,
             mlp=None if kept.neurons else gone,
         )
-    return Gates(layers, _binary(plan.channels, sizes["C"]), plan.rescale_norms)
+    return Gates(layers, _binary(anatomy, "channel", plan.channels), plan.rescale_norms)
 
 
-def _binary(kept: tuple[int, ...], size: int) -> Tensor | None:
+def _binary(anatomy: Anatomy, unit: Unit, kept: tuple[int, ...]) -> Tensor | None:
+    size = anatomy.units(unit)
     if len(kept) == size:
         return None
+    if unit in anatomy.family.refuses:
+        raise UnsupportedModel(
+            f"the plan keeps {len(kept)} of {size} {unit}s of a {anatomy.model_type} model",
+            f"{', '.join(anatomy.supported)} ({anatomy.family.refuses[unit]})",
+            f"make a plan without --axes {unit}",
+        )
     return torch.zeros(size).index_fill_(0, torch.tensor(kept, dtype=torch.long), 1.0)
 
 

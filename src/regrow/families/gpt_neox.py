@@ -1,7 +1,6 @@
 """GPT-NeoX and Pythia: attention and MLP side by side, LayerNorm, q, k, v of a head next to each other.
 
-Only neurons and layers can go: the configuration has no head dimension (it is width / heads), and statistics of a
-LayerNorm over the kept channels cannot be folded into a stock one.
+Only neurons and layers can go: the configuration has no head dimension (it is width / heads).
 """
 
 from regrow.artifacts.family import Branch, Cut, Family, declare

@@ -58,10 +58,11 @@ def choose(
     Raises `InputError` when a criterion cannot score a unit, `SettingsError` for an unknown option.
     """
     main = CRITERIA.get(name)
+    named = {unit: CRITERIA.get(other) for unit, other in overrides.items()}
     chosen: dict[Unit, Choice] = {}
     for unit in axes:
-        criterion = CRITERIA.get(overrides[unit]) if unit in overrides else main
-        if unit == "layer" and "layer" not in criterion.units and unit not in overrides:
+        criterion = named.get(unit, main)
+        if unit == "layer" and "layer" not in criterion.units and unit not in named:
             criterion = CRITERIA.get(criterion.layers_by)
         if unit not in criterion.units:
             fits = [n for n, c in CRITERIA.items() if unit in c.units]

@@ -1,0 +1,399 @@
+"""The whole road: what is kept between runs, what an interruption leaves, and what a dry run foretells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+from transformers import logging as hf_logging
+
+import regrow.run as road
+from regrow.artifacts.plan import Plan
+from regrow.artifacts.report import Report
+from regrow.artifacts.scores import Scores
+from regrow.dryrun import SCORE_COPIES, dry_run, machine_gflops
+from regrow.engines import checkpoint
+from regrow.errors import BudgetError, IdentityError, UnknownName
+from regrow.settings import RECIPES, Recipe, find_recipe, overlay, parse, read_recipe, recipe_names
+from regrow.stages import recover as recovering
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache of its own, and no bars of other libraries."""
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    yield tmp_path / "cache"
+    if bars:
+        hf_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def recipe(sprout_dir: Path) -> Callable[..., Recipe]:
+    """A quick run over the test model; changes go on top."""
+
+    def make(**changes: Any) -> Recipe:
+        usual = {
+            "model": str(sprout_dir),
+            "criterion": "activation",
+            "calibration": {"tokens": 512, "block": 64},
+            "evaluate": {"max_tokens": 512, "seqlen": 64, "speed": False, "samples": []},
+        }
+        return parse(overlay(usual, changes))
+
+    return make
+
+
+def no_page(report: Report, plan: Plan, scores: Scores, text: str) -> dict[str, str]:
+    return {"facts.txt": f"{report.made_by['keep']} {len(plan.layers)} {sorted(scores.table)} {len(text) > 0}"}
+
+
+def walk(recipe: Recipe, out: Path, **more: Any) -> Report:
+    return road.run(recipe, out, page=no_page, **more)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        monkeypatch.setattr(road, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
+
+
+Make = Callable[..., Recipe]
+
+
+# ---- what is kept
+
+
+def test_another_ratio_costs_no_second_calibration(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = walk(recipe(keep="80%"), tmp_path / "a")
+    assert first.stages["score"]["cached"] is False
+    assert first.stages["score"]["tokens"] == 512
+    forbid(monkeypatch, "score", "calibration")
+    seen: list[str] = []
+    second = walk(recipe(keep="60%"), tmp_path / "b", progress=lambda what, *_: seen.append(what))
+    assert second.stages["score"]["cached"] is True
+    assert second.stages["evaluate before"]["cached"] is True
+    assert seen == ["demo held out"] * len(seen)
+    assert second.before == first.before
+    assert second.after["size/decoder_weights"].value < first.after["size/decoder_weights"].value
+    plans = [Plan.from_json(json.loads((tmp_path / x / "plan.json").read_text())) for x in "ab"]
+    assert plans[0].made_by["scores"] == plans[1].made_by["scores"]
+    assert (tmp_path / "a" / "facts.txt").read_text() == "80% 6 ['group', 'neuron'] True"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"criterion": "magnitude"},
+        {"criteria": {"group": "magnitude"}},
+        {"axes": ["neuron"]},
+        {"calibration": {"tokens": 640}},
+        {"calibration": {"block": 32}},
+        {"calibration": {"text": "demo:squad"}},
+        {"options": {"batch": "mean"}},
+        {"reduce": "mean"},
+        {"seed": 1},
+        {"dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_scores_are_kept_under_everything_they_hang_on(recipe: Make, change: dict[str, Any]) -> None:
+    subject = road.load(recipe().model)
+    walked: list[dict[str, Any]] = []
+    for asked in (recipe(), recipe(**change), recipe()):
+        record: dict[str, Any] = {}
+        road.scored(subject, asked, record, None)
+        walked.append(record)
+    assert [record["cached"] for record in walked] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "change", [{"keep": "50%"}, {"spread": "ends"}, {"uniform": True}, {"split": {"group": 0.5}}], ids=str
+)
+def test_scores_do_not_hang_on_what_is_cut(recipe: Make, change: dict[str, Any]) -> None:
+    subject = road.load(recipe().model)
+    record: dict[str, Any] = {}
+    for asked in (recipe(), recipe(**change)):
+        road.scored(subject, asked, record, None)
+    assert record["cached"] is True
+
+
+def test_new_text_in_the_same_file_is_scored_anew(recipe: Make, tmp_path: Path) -> None:
+    subject, text, record = road.load(recipe().model), tmp_path / "mine.txt", dict[str, Any]()
+    asked = recipe(calibration={"text": str(text), "tokens": 64, "block": 32})
+    for start in ("The old", "A new"):
+        text.write_text("\n\n".join(f"{start} tale number {i} " + "went on and on. " * 15 for i in range(60)))
+        road.scored(subject, asked, record, None)
+        assert record["cached"] is False
+
+
+def test_a_cache_that_was_deleted_is_no_loss(recipe: Make, tmp_path: Path, cache: Path) -> None:
+    import shutil
+
+    first = walk(recipe(), tmp_path / "a")
+    shutil.rmtree(cache)
+    second = walk(recipe(), tmp_path / "b")
+    assert second.stages["score"]["cached"] is False
+    assert second.after == first.after
+
+
+# ---- interruptions
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+
+
+def pull_plug(what: str, after: int) -> Any:
+    def progress(name: str, done: int, _: int) -> None:
+        if name == what and done >= after:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("what", ["activations", "demo held out"])
+def test_an_interruption_leaves_nothing_half_written(recipe: Make, tmp_path: Path, cache: Path, what: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        walk(recipe(), tmp_path / "out" / "cut", progress=pull_plug(what, 1))
+    assert listing(tmp_path / "out") == []
+    assert [p for p in cache.rglob("*") if p.name.endswith(".partial")] == []
+    assert listing(cache / "measures") == []
+    walk(recipe(), tmp_path / "out" / "cut")
+    assert listing(tmp_path / "out") == ["cut"]
+
+
+def test_the_command_says_how_to_go_on(
+    sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from regrow.cli.main import main
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(road, "score", interrupted)
+    ask = ["prune", str(sprout_dir), "--out", str(tmp_path / "cut"), "--criterion", "magnitude", "--text", "none", "-q"]
+    assert main(ask) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_interrupted_recovery_goes_on_where_it_stopped(
+    recipe: Make, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """And ends where it would have ended."""
+    often = recovering.as_train
+    monkeypatch.setattr(recovering, "as_train", lambda *x: dataclasses.replace(often(*x), save_every=2))
+    settings = {"method": method, "tokens": 6 * 4 * 64, "block": 64, "batch": 4, "micro_batch": 2, "rank": 2}
+    asked = recipe(keep="70%", recover=settings)
+    step = 4 * 64
+    with pytest.raises(KeyboardInterrupt):
+        walk(asked, tmp_path / "out" / "cut", progress=pull_plug("recovery", 5 * step))
+    assert listing(tmp_path / "out") == []
+    assert len(listing(cache / "recover")) == 1
+    seen: list[int] = []
+    forbid(monkeypatch, "score")
+    report = walk(
+        asked, tmp_path / "out" / "cut", progress=lambda what, done, _: what == "recovery" and seen.append(done)
+    )
+    assert seen == [5 * step, 6 * step]  # the checkpoint of step 4 was found
+    assert listing(tmp_path / "out") == ["cut"]
+    assert listing(cache / "recover") == []  # and is gone once it is not needed
+    assert report.training[-1]["tokens"] == 6 * step
+    monkeypatch.undo()
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "other cache"))
+    walk(asked, tmp_path / "whole")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "whole", tmp_path / "out" / "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_a_recovery_with_other_settings_starts_anew(recipe: Make, tmp_path: Path) -> None:
+    usual = {"tokens": 512, "block": 64, "batch": 4, "micro_batch": 2}
+    with pytest.raises(KeyboardInterrupt):
+        walk(recipe(recover=usual), tmp_path / "cut", progress=pull_plug("recovery", 1))
+    report = walk(recipe(recover={**usual, "learning_rate": 1e-5}), tmp_path / "cut")
+    assert report.training[-1]["tokens"] == 512
+
+
+# ---- failures on the way
+
+
+def test_when_masked_and_sliced_differ_nothing_is_written(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "TOLERANCE", 0.0)
+    real = checkpoint.check_equal
+    for what in ("masked and sliced", "reloaded folder", "generation with and without a cache"):
+
+        def strict(name: str, ours: Any, theirs: Any, *rest: float, what: str = what) -> float:
+            return real(name, ours, theirs + 1 if what in name else theirs, *rest)
+
+        monkeypatch.setattr(checkpoint, "check_equal", strict)
+        with pytest.raises(IdentityError, match=what):
+            walk(recipe(), tmp_path / "out" / "cut")
+        assert listing(tmp_path / "out") == []
+
+
+def test_a_page_that_fails_leaves_nothing(recipe: Make, tmp_path: Path) -> None:
+    def broken(*_: Any) -> dict[str, str]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        road.run(recipe(), tmp_path / "out" / "cut", page=broken)
+    assert listing(tmp_path / "out") == []
+
+
+def test_the_budget_is_checked_before_the_scores(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid(monkeypatch, "score", "calibration")
+    with pytest.raises(BudgetError, match="cannot be met"):
+        walk(recipe(keep="1%"), tmp_path / "cut")
+
+
+# ---- what a run tells
+
+
+def test_the_report_says_what_was_done(recipe: Make, tmp_path: Path) -> None:
+    report = walk(recipe(keep="75%", evaluate={"samples": ["Once", "Why?"]}, seed=4), tmp_path / "cut")
+    assert list(report.stages) == ["load", "score", "plan", "evaluate before", "apply", "evaluate after"]
+    assert all(stage["seconds"] >= 0 for stage in report.stages.values())
+    assert report.made_by["keep"] == report.made_by["budget"] == "75%"
+    assert report.made_by["seed"] == 4
+    assert set(report.made_by["split_realised"]) == {"layer", "group", "head", "neuron", "channel"}
+    assert [s["prompt"] for s in report.samples] == ["Once", "Why?"]
+    assert all(s["before"] and s["after"] for s in report.samples)
+    assert set(report.before) == set(report.after)
+    assert "trained from scratch" in report.notes[0]
+    assert any("masked and sliced logits differ by" in note for note in report.notes)
+    assert "path" not in report.model
+    written = Report.from_json(json.loads((tmp_path / "cut" / "report.json").read_text()))
+    assert written.to_json() == json.loads(json.dumps(report.to_json()))
+    perplexity = next(k for k in report.before if k.endswith("/perplexity"))
+    assert report.after[perplexity].value > report.before[perplexity].value
+
+
+def test_nothing_need_be_measured(recipe: Make, tmp_path: Path) -> None:
+    asked = parse(overlay(recipe().model_dump(), {}) | {"evaluate": {"text": None, "speed": False, "samples": []}})
+    report = walk(asked, tmp_path / "cut")
+    assert {name.split("/")[0] for name in report.before} == {"size"}
+
+
+def test_the_python_door(sprout_dir: Path, tmp_path: Path) -> None:
+    import regrow
+
+    report = regrow.prune(
+        str(sprout_dir),
+        tmp_path / "cut",
+        recipe="llm-pruner",
+        keep="85%",
+        criterion="magnitude",
+        recover={"tokens": 0},
+        evaluate={"tasks": [], "speed": False, "max_tokens": 512, "seqlen": 64},
+    )
+    assert isinstance(report, regrow.Report)
+    assert report.made_by["spread"] == "ends"
+    assert report.after["size/decoder_weights"].value <= 0.85 * report.before["size/decoder_weights"].value
+    assert (tmp_path / "cut" / "report.html").exists()
+    with pytest.raises(UnknownName, match="did you mean 'keep'"):
+        regrow.prune(str(sprout_dir), tmp_path / "other", kepe="85%")
+
+
+# ---- recipes and dry runs
+
+BIG = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    vocab_size=32000,
+    dtype="float16",
+)
+
+
+def test_recipe_head_count() -> None:
+    assert recipe_names() == sorted(path.stem for path in RECIPES.iterdir())
+    assert len(recipe_names()) >= 3
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("size", ["small", "big"])
+def test_every_recipe_parses_and_dry_runs(
+    name: str, size: str, sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a configuration alone."""
+    monkeypatch.setattr(checkpoint, "read", lambda *_, **__: pytest.fail("weights were loaded"))
+    folder = sprout_dir
+    if size == "big":
+        folder = tmp_path / "llama-7b"
+        BIG.save_pretrained(folder)
+    found = parse(overlay(read_recipe(find_recipe(name)), {"model": str(folder)}), name)
+    assert found.name == name
+    assert found.about.endswith(".")
+    assert found.paper.startswith("arXiv:")
+    road.check(found)
+    foretold = dry_run(found, gflops=100.0)
+    dense, cut = foretold["before"], foretold["after"]
+    target = float(found.keep.rstrip("%")) / 100 * dense["decoder_weights"]
+    layer = dense["decoder_weights"] / (6 if size == "small" else 32)
+    assert target - layer < cut["decoder_weights"] <= target
+    assert json.loads(json.dumps(foretold)) == foretold
+    assert [row["stage"] for row in foretold["stages"]] == [
+        "score",
+        "measure before",
+        "cut and write",
+        "recover",
+        "measure after",
+    ]
+
+
+def test_a_dry_run_by_hand(tmp_path: Path) -> None:
+    """LLaMA-7B, 1000 tokens of Taylor at 100 GFLOP/s: three forward passes."""
+    BIG.save_pretrained(tmp_path / "llama-7b")
+    found = dry_run(
+        parse(
+            {
+                "model": str(tmp_path / "llama-7b"),
+                "criterion": "taylor",
+                "calibration": {"tokens": 1000, "block": 100},
+            }
+        ),
+        gflops=100.0,
+    )
+    score = found["stages"][0]
+    flops = 3 * 1000 * found["before"]["flops_per_token"]
+    assert score["minutes"] == pytest.approx(flops / (100e9 * 0.6) / 60, abs=0.01)
+    logits = 100 * 4 * 3 * 32000
+    assert score["peak_gb"] == pytest.approx((2 * 4 * 6_738_415_616 + logits) / 1e9, abs=0.001)
+    assert found["loads_as"].startswith("regrow_llama")
+    assert found["shape_text"].startswith("32 layers x (")
+
+
+def test_where_a_dry_run_says_it_will_load(sprout_dir: Path) -> None:
+    def loads(**changes: Any) -> str:
+        return str(dry_run(parse({"model": str(sprout_dir), **changes}), gflops=1.0)["loads_as"])
+
+    assert loads(uniform=True) == "llama"
+    assert loads(spread="ends").startswith("regrow_llama")
+    assert loads(axes=["channel"], spread="ends") == "llama"
+    assert loads(axes=["layer"], keep="66.67%") == "llama"
+
+
+def test_every_kind_of_sight_has_its_price() -> None:
+    from typing import get_args
+
+    from regrow.artifacts.sight import Sees
+
+    assert set(SCORE_COPIES) == set(get_args(Sees))
+
+
+def test_the_machine_has_a_speed() -> None:
+    assert machine_gflops(size=64, seconds=0.02) > 0.01

@@ -1,0 +1,156 @@
+"""Floor 0: errors that travel and read well, settings that are checked key by key, a cache that can be deleted."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from regrow import errors
+from regrow.cache import cache_dir, key, size_bytes
+from regrow.errors import InputError, ModelError, RegrowError, SettingsError, UnknownName
+from regrow.settings import Recipe, dump, find_recipe, overlay, parse, read_recipe, recipe_names
+
+TREE = [c for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, RegrowError)]
+
+
+def test_the_tree_is_drawn_as_it_is() -> None:
+    assert len(TREE) == 13
+    lines = (errors.__doc__ or "").splitlines()
+    for error in TREE:
+        drawn = [line for line in lines if f" {error.__name__} " in f"{line} "]
+        assert len(drawn) == 1, error
+        parents = {RegrowError: 0, Exception: 0, InputError: 1, ModelError: 1}
+        depth = parents[error.__bases__[0]] + (error is not RegrowError)
+        assert drawn[0].index(error.__name__) == 4 + 4 * depth
+
+
+def test_exit_codes() -> None:
+    assert {e.__name__ for e in TREE if e.exit_code == 2} == {
+        "InputError",
+        "UnknownName",
+        "SettingsError",
+        "BudgetError",
+        "TextError",
+    }
+
+
+@pytest.mark.parametrize("error", [e for e in TREE if e is not UnknownName], ids=lambda e: e.__name__)
+def test_what_came_what_is_allowed_what_to_do(error: type[RegrowError]) -> None:
+    found = error("a plum", "apples", "pick an apple")
+    assert str(found) == "a plum\n  allowed: apples\n  next:    pick an apple"
+    twin = pickle.loads(pickle.dumps(found))
+    assert type(twin) is error
+    assert str(twin) == str(found)
+
+
+def test_an_unknown_name() -> None:
+    found = UnknownName("family", "lama", ["llama", "gemma2"])
+    assert str(found).splitlines()[:2] == [
+        "unknown family 'lama', did you mean 'llama'?",
+        "  allowed: families: gemma2, llama",
+    ]
+    assert found.came.startswith("unknown family")
+    assert "criteria: a" in UnknownName("criterion", "x", ["a"]).allowed
+    assert UnknownName("task", "zzz", ["a", "b"]).came == "unknown task 'zzz'."
+    assert UnknownName("task", "arc", ["arc_easy", "arc_hard"]).came.count("' or '") == 1
+    twin = pickle.loads(pickle.dumps(found))
+    assert type(twin) is UnknownName
+    assert str(twin) == str(found)
+
+
+# ---- settings
+
+
+def test_a_recipe_is_complete_and_travels() -> None:
+    recipe = parse({"keep": "70%", "recover": {"tokens": 5}, "criteria": {"layer": "perplexity"}})
+    assert parse(yaml.safe_load(dump(recipe))) == recipe
+    written = yaml.safe_load(dump(recipe))
+    assert set(written) == set(Recipe.model_fields)
+    assert set(written["recover"]) >= {"method", "tokens", "rank", "schedule"}
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().keep = "5%"  # type: ignore[misc]
+
+
+BAD: list[tuple[dict[str, Any], type[RegrowError], str]] = [
+    ({"kep": "80%"}, UnknownName, "unknown recipe key 'kep', did you mean 'keep'"),
+    ({"recover": {"rnk": 3}}, UnknownName, "'recover.rnk', did you mean 'recover.rank'"),
+    ({"evaluate": {"task": []}}, UnknownName, "did you mean 'evaluate.tasks'"),
+    ({"axes": ["neurons"]}, SettingsError, "x.yaml: unknown axis 'neurons', did you mean 'neuron'"),
+    ({"axes": [5]}, SettingsError, "unknown axis 5."),
+    ({"axes": []}, SettingsError, "axes"),
+    ({"criteria": {"hed": "taylor"}}, SettingsError, "unknown axis 'hed', did you mean 'head'"),
+    ({"split": {"group": float("nan")}}, SettingsError, "split.group"),
+    ({"split": {"group": -0.5}}, SettingsError, "split.group"),
+    ({"divisors": {"neuron": 0}}, SettingsError, "divisors.neuron"),
+    ({"reduce": "men"}, SettingsError, "unknown reduce 'men', did you mean 'mean'"),
+    ({"recover": {"schedule": "cosin"}}, SettingsError, "unknown recover.schedule 'cosin', did you mean 'cosine'"),
+    ({"recover": {"warmup": 1}}, SettingsError, "recover.warmup = 1"),
+    ({"calibration": {"block": 4}}, SettingsError, "calibration.block = 4"),
+    ({"keep": 0.8}, SettingsError, "keep = 0.8"),
+    ({"seed": 2**32}, SettingsError, "seed"),
+    ({1: 2}, SettingsError, "1"),  # type: ignore[dict-item]
+]
+
+
+@pytest.mark.parametrize(("data", "kind", "says"), BAD, ids=[str(b[0]) for b in BAD])
+def test_bad_settings(data: dict[str, Any], kind: type[RegrowError], says: str) -> None:
+    with pytest.raises(kind) as caught:
+        parse(data, "x.yaml")
+    assert says in str(caught.value)
+    assert caught.value.allowed
+
+
+def test_flags_over_a_recipe() -> None:
+    data = {"keep": "80%", "recover": {"rank": 4, "tokens": 9}, "axes": ["neuron"]}
+    changed = overlay(data, {"keep": None, "recover": {"tokens": 5, "rank": None}, "seed": 3, "axes": ["group"]})
+    assert changed == {"keep": "80%", "recover": {"rank": 4, "tokens": 5}, "seed": 3, "axes": ["group"]}
+    assert data["recover"] == {"rank": 4, "tokens": 9}
+    assert overlay({"recover": None}, {"recover": {"tokens": 5}}) == {"recover": {"tokens": 5}}
+    assert overlay({"recover": 7}, {"recover": {"tokens": 5}}) == {"recover": {"tokens": 5}}
+
+
+def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
+    for name in recipe_names():
+        assert find_recipe(name).stem == name
+        assert read_recipe(find_recipe(name))["name"] == name
+    assert find_recipe(str(tmp_path / "x.yml")) == tmp_path / "x.yml"
+    with pytest.raises(UnknownName, match=r"ends in \.yaml"):
+        find_recipe("nothing")
+
+
+# ---- cache
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "own"))
+    assert cache_dir("a", "b") == tmp_path / "own" / "a" / "b"
+    assert cache_dir("a", "b").is_dir()
+    monkeypatch.delenv("REGROW_CACHE")
+    assert cache_dir() == tmp_path / "xdg" / "regrow"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == tmp_path / "home" / ".cache" / "regrow"
+
+
+def test_a_key_changes_with_any_input() -> None:
+    one = {"a": 1, "b": {"c": [1, 2], "d": None}}
+    assert key(one) == key({"b": {"d": None, "c": [1, 2]}, "a": 1})
+    others = [{**one, "a": 2}, {**one, "b": {"c": [2, 1], "d": None}}, {**one, "e": 0}, {"a": 1}, {**one, "a": "1"}]
+    assert len({key(one), *map(key, others)}) == 1 + len(others)
+    assert len(key(one)) == 16
+
+
+def test_size_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_bytes(b"12345")
+    (tmp_path / "b").write_bytes(b"12")
+    assert size_bytes(tmp_path) == 7
