@@ -1,7 +1,8 @@
 """A run in plain words: what a recipe file may say, checked key by key before anything is loaded.
 
-A recipe is complete: the same file gives the same run. Flags override it. What this gives up: expressions, includes
-and environment variables in recipes.
+A recipe is complete: the same file gives the same run. Flags override it. Descriptions here are the text of
+docs/recipes.md; defaults of criterion, spread and calibration were chosen on held-out text (bench/defaults.py).
+What this gives up: expressions, includes and environment variables in recipes.
 """
 
 from __future__ import annotations
@@ -28,68 +29,81 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """Text that scores are measured on. Only the calibration part of a source is used."""
 
-    text: str = "demo"
-    tokens: int = Field(default=4096, ge=1)
-    block: int = Field(default=128, ge=8)
+    text: str = Field(default="demo", description="demo, demo:DOMAIN, a .txt, .jsonl or .parquet file, or hub:NAME")
+    tokens: int = Field(default=4096, ge=1, description="how many tokens are read")
+    block: int = Field(default=128, ge=8, description="tokens in a sequence")
 
 
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 
-    method: Literal["lora", "full"] = "lora"
-    tokens: int = Field(default=100_000, ge=0)
-    text: str = "demo"
-    block: int = Field(default=256, ge=8)
-    learning_rate: float = Field(default=3e-4, gt=0)
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    batch: int = Field(default=8, ge=1)
-    micro_batch: int = Field(default=4, ge=1)
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16, gt=0)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    checkpointing: bool = False
+    method: Literal["lora", "full"] = Field(default="lora", description="adapters that are merged, or all weights")
+    tokens: int = Field(default=100_000, ge=0, description="how many tokens are trained on; 0 = no recovery")
+    text: str = Field(default="demo", description="as in `calibration`")
+    block: int = Field(default=256, ge=8, description="tokens in a sequence")
+    learning_rate: float = Field(default=3e-4, gt=0, description="the peak")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="of the learning rate; wsd: warm up, stay, decay over the last fifth"
+    )
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
+    batch: int = Field(default=8, ge=1, description="sequences in a step")
+    micro_batch: int = Field(default=4, ge=1, description="sequences in one pass; must divide `batch`")
+    rank: int = Field(default=8, ge=1, description="of the adapters (lora)")
+    alpha: float = Field(default=16, gt=0, description="adapters are scaled by alpha / rank (lora)")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="before the adapters (lora)")
+    checkpointing: bool = Field(default=False, description="less memory for a third more time")
 
 
 class Evaluate(_Part):
-    """What is measured before and after. `text` is a file, or `demo` for the held-out part of the demo texts."""
+    """What is measured before and after, with the same settings."""
 
-    text: str | None = "demo"
-    seqlen: int = Field(default=1024, ge=8)
-    max_tokens: int | None = Field(default=8192, ge=8)
-    tasks: tuple[str, ...] = ()
-    limit: int | None = Field(default=None, ge=1)
-    batch: int = Field(default=8, ge=1)
-    speed: bool = True
-    repeats: int = Field(default=3, ge=1)
-    samples: tuple[str, ...] = ("The largest river of the continent", "Why does bread rise?", "She opened the door and")
+    text: str | None = Field(
+        default="demo", description="a file, read as it is; another source, its held-out part; null = none"
+    )
+    seqlen: int = Field(default=1024, ge=8, description="tokens in a block; at most what the model allows")
+    max_tokens: int | None = Field(default=8192, ge=8, description="only the first so many tokens; null = all")
+    tasks: tuple[str, ...] = Field(default=(), description="zero-shot tasks; `regrow ls tasks`")
+    limit: int | None = Field(default=None, ge=1, description="the first so many items of each task; null = all")
+    batch: int = Field(default=8, ge=1, description="choices of a task that are scored at a time")
+    speed: bool = Field(default=True, description="measure speed and peak memory too")
+    repeats: int = Field(default=3, ge=1, description="of each speed measurement")
+    samples: tuple[str, ...] = Field(
+        default=("The largest river of the continent", "Why does bread rise?", "She opened the door and"),
+        description="prompts that both models continue, for the report",
+    )
 
 
 class Recipe(_Part):
-    """A complete run. `keep` is a budget; see `artifacts.budget`."""
+    """A complete run."""
 
-    name: str = "prune"
-    about: str = ""
-    paper: str = ""
-    model: str = "demo"
-    keep: str = "80%"
-    axes: tuple[Axis, ...] = Field(default=("neuron", "group"), min_length=1)
-    split: dict[Axis, Share] = Field(default_factory=dict)
-    criterion: str = "taylor-second"  # this, the spread and the calibration: bench/defaults.py
-    criteria: dict[Axis, str] = Field(default_factory=dict)
-    options: dict[str, Any] = Field(default_factory=dict)
-    reduce: Literal["sum", "mean", "max", "prod", "first"] = "sum"
-    spread: str = "ends"
-    uniform: bool = False
-    divisors: dict[Axis, Step] = Field(default_factory=dict)
-    rescale_norms: bool = False
-    calibration: Calibration = Calibration()
-    recover: Recover | None = None
-    evaluate: Evaluate = Evaluate()
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    device: str = "auto"
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    trust_remote_code: bool = False
+    name: str = Field(default="prune", description="what the report calls the run")
+    about: str = Field(default="", description="one line for `regrow ls recipes`")
+    paper: str = Field(default="", description="where the method is from")
+    model: str = Field(default="demo", description="a hub id, a local folder, or demo")
+    keep: str = Field(default="80%", description="the budget: 80%, 108M, 220MB, kv=75%, kv=12KB, flops=70%")
+    axes: tuple[Axis, ...] = Field(default=("neuron", "group"), min_length=1, description="kinds of units that may go")
+    split: dict[Axis, Share] = Field(
+        default_factory=dict, description="how much each axis loses, relative; 1 unless named"
+    )
+    criterion: str = Field(default="taylor-second", description="what scores the units; `regrow ls criteria`")
+    criteria: dict[Axis, str] = Field(default_factory=dict, description="another criterion for single axes")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the criteria, by name")
+    reduce: Literal["sum", "mean", "max", "prod", "first"] = Field(
+        default="sum", description="how the scores of a unit's tensors are put together"
+    )
+    spread: str = Field(default="ends", description="how kept units are shared among layers; `regrow ls spreads`")
+    uniform: bool = Field(default=False, description="the same widths in every layer, so that a stock class holds them")
+    divisors: dict[Axis, Step] = Field(
+        default_factory=dict, description="widths are multiples; 32 neurons and 64 channels when uniform, else 1"
+    )
+    rescale_norms: bool = Field(default=False, description="norms keep statistics over the old width (channels)")
+    calibration: Calibration = Field(default=Calibration(), description="text that scores are measured on")
+    recover: Recover | None = Field(default=None, description="training after the cut; null = none")
+    evaluate: Evaluate = Field(default=Evaluate(), description="what is measured before and after")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of every random choice")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N, mps")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="what is computed in, not stored in")
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
 
 
 def parse(data: Mapping[str, Any], where: str = "recipe") -> Recipe:

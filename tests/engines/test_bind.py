@@ -131,7 +131,7 @@ def test_a_cut_that_runs_out_of_its_tensor(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def subject(model: Any) -> Subject:
-    return Subject(model, None, anatomy_of(model), {}, torch.float32)  # type: ignore[arg-type]
+    return Subject(model, None, anatomy_of(model), {}, torch.float32)
 
 
 class ScaledMLP(modeling_llama.LlamaMLP):  # type: ignore[misc]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import test_battery as battery
@@ -83,8 +83,8 @@ def test_the_documented_example_passes_the_battery(
         folder = tmp_path / str(index)
         folder.mkdir()
         battery.test_masked_sliced_reloaded_cached(folder, "arcee", units, uniform, tied)
-    for units in [*((unit,) for unit in battery.SOFT), battery.SOFT]:
-        battery.test_soft_gates_fold_into_the_weights("arcee", units, tied)
+    for softened in [*((unit,) for unit in battery.SOFT), battery.SOFT]:
+        battery.test_soft_gates_fold_into_the_weights("arcee", softened, tied)
     battery.test_norms_over_the_original_width("arcee", True, tied)
     for gone in battery.BRANCHES:
         battery.test_a_branch_without_units_goes_whole("arcee", gone, 0)
@@ -117,7 +117,7 @@ def mutants(kind: str) -> Iterator[tuple[str, Family]]:
             yield f"{one.path} not {one.role}", replace(family, whole=plain)
     if family.whole:
         yield "gain offset", replace(family, gain_offset=1 - family.gain_offset)
-        scale = "1" if family.embed_scale == "sqrt(C)" else "sqrt(C)"
+        scale: Literal["1", "sqrt(C)"] = "1" if family.embed_scale == "sqrt(C)" else "sqrt(C)"
         yield "embedding scale", replace(family, embed_scale=scale)
 
 

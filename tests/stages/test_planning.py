@@ -109,7 +109,7 @@ def tolerance(anatomy: Anatomy, asked: Wish) -> int:
 
 AXES: list[tuple[Unit, ...]] = list(chain.from_iterable(combinations(FINEST, n) for n in range(1, 6)))
 WAYS: dict[str, dict[str, Any]] = {
-    "uniform spread": {},
+    "uniform spread": {"spread": "uniform"},
     "across": {"spread": "across"},
     "ends": {"spread": "ends"},
     "uniform widths": {"uniform": True},
@@ -270,7 +270,7 @@ def test_ends_stay_whole() -> None:
 
 def test_axes_lose_equally_unless_split_says_otherwise() -> None:
     def lost(**split: float) -> tuple[float, float]:
-        shape = make_plan(smol(), scores(smol(), 6), wish("75%", split=split)).shape()
+        shape = make_plan(smol(), scores(smol(), 6), wish("75%", split=split, spread="uniform")).shape()
         found = loss_by_axis(smol(), shape)
         return found["neuron"], found["group"]
 
@@ -287,10 +287,10 @@ def test_axes_lose_equally_unless_split_says_otherwise() -> None:
 
 
 def test_the_record_says_why() -> None:
-    plan = make_plan(small(), scores(small(), 7), wish("80%", split={"group": 0.5}))
+    plan = make_plan(small(), scores(small(), 7), wish("80%", split={"group": 0.5}, spread="across"))
     assert plan.made_by["budget"] == "80%"
     assert plan.made_by["split"] == {"neuron": 1.0, "group": 0.5}
-    assert plan.made_by["spread"] == "uniform"
+    assert plan.made_by["spread"] == "across"
     assert not plan.rescale_norms
     assert make_plan(small(), scores(small(), 7), wish("80%", rescale_norms=True)).rescale_norms
 

@@ -92,4 +92,6 @@ FAMILIES: Registry[Family] = Registry("family", "regrow.families")
 
 def declare(family: Family) -> Family:
     """Register a family under its name; the one line every file in `families/` ends with."""
+    if family.norm == "layer" and "channel" in family.cuts:
+        raise TypeError(f"family {family.name!r}: a LayerNorm over kept channels cannot be folded into a stock one")
     return FAMILIES.add(family.name, family)

@@ -28,7 +28,7 @@ class Cut:
 def apply(subject: Subject, plan: Plan) -> Cut:
     """Cut the model; `subject.model` is consumed. Weights end rounded to the storage type.
 
-    Raises `IdentityError` when masked and sliced logits differ by more than 1e-5 of their scale.
+    Raises `IdentityError` when masked and sliced logits differ by more than 1e-5 of their scale (more in 16 bits).
     """
     plan.check(subject.anatomy)
     model, anatomy = subject.model, subject.anatomy
@@ -39,7 +39,7 @@ def apply(subject: Subject, plan: Plan) -> Cut:
     generation = model.generation_config
     cut = build(found.config, dict(slice_model(model, anatomy, plan)))
     cut.generation_config = generation
-    difference = checkpoint.check_equal("masked and sliced logits", masked, checkpoint.logits(cut, ids))
+    difference = checkpoint.check_equal("masked and sliced logits", masked, checkpoint.logits(cut, ids), model.dtype)
     checkpoint.round_to(cut, subject.store)
     subject.model = cut
     gc.collect()

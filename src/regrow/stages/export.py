@@ -26,7 +26,7 @@ def export(
     """
     ids = checkpoint.probe(subject.anatomy.sizes["V"])
     reference = checkpoint.logits(subject.model, ids)
-    device = str(subject.model.device)
+    device, dtype = str(subject.model.device), subject.model.dtype
     with checkpoint.staged(out) as folder:
         checkpoint.write(subject.model, subject.tokenizer, folder, subject.store, holder.code)
         (folder / "plan.json").write_text(json.dumps(plan.to_json()))
@@ -34,4 +34,4 @@ def export(
         for name, text in files.items():
             (folder / name).write_text(text)
         del subject.model
-        subject.model = checkpoint.reread(folder, reference, ids, device)
+        subject.model = checkpoint.reread(folder, reference, ids, device, dtype)
