@@ -231,7 +231,6 @@ def test_a_recovery_with_other_settings_starts_anew(recipe: Make, tmp_path: Path
 def test_when_masked_and_sliced_differ_nothing_is_written(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "TOLERANCE", dict.fromkeys(checkpoint.TOLERANCE, 0.0))
     real = checkpoint.check_equal
     for what in ("masked and sliced", "reloaded folder", "generation with and without a cache"):
 
@@ -279,6 +278,16 @@ def test_the_report_says_what_was_done(recipe: Make, tmp_path: Path) -> None:
     assert json.dumps(written.to_json()) == json.dumps(report.to_json())
     perplexity = next(k for k in report.before if k.endswith("/perplexity"))
     assert report.after[perplexity].value > report.before[perplexity].value
+
+
+def test_the_recipe_in_the_folder_makes_the_folder_again(recipe: Make, tmp_path: Path) -> None:
+    asked = recipe(keep="75%", recover={"tokens": 512, "block": 64, "batch": 4, "rank": 2})
+    walk(asked, tmp_path / "one")
+    again = parse(read_recipe(tmp_path / "one" / "recipe.yaml"))
+    assert again == asked
+    walk(again, tmp_path / "two")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
 
 
 def test_nothing_need_be_measured(recipe: Make, tmp_path: Path) -> None:

@@ -112,13 +112,15 @@ def test_prune_leaves_a_whole_folder(
     assert list((tmp_path / "new").iterdir()) == [out]
 
 
-def test_quiet_prints_one_line_of_json_and_nothing_else(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
-    ask = ("prune", sprout_dir, "--criterion", "magnitude", "--text", "none", "--no-speed", "--quiet")
-    done = regrow(*ask, "--out", tmp_path / "a", "--json")
+def test_quiet_prints_one_line_of_json_and_nothing_else(
+    regrow: Command, sprout_dir: Path, tmp_path: Path, words: Path
+) -> None:
+    ask = ("prune", sprout_dir, "--criterion", "activation", "--calibration-tokens", 640, "--no-speed", "--quiet")
+    done = regrow(*ask, "--text", words, "--out", tmp_path / "a", "--json")
     assert (done.code, done.err) == (0, "")
     assert len(done.out.splitlines()) == 1
     assert done.json["shape"]["after"]["layers"]
-    assert regrow(*ask, "--out", tmp_path / "b") == Done(0, "", "")
+    assert regrow(*ask, "--text", "none", "--out", tmp_path / "b") == Done(0, "", "")
 
 
 def test_all_axes_options_and_a_criterion_of_its_own_for_layers(

@@ -145,6 +145,23 @@ def test_the_budget_is_met_on_a_real_shape(way: str, axes: tuple[Unit, ...]) -> 
     assert check_met(smol(), wish("80%", axes, **WAYS[way]), 3)
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_the_next_best_totals_are_tried_when_the_best_cannot_land(seed: int) -> None:
+    """Groups and heads that land in few layers count less than foreseen, and neurons are already whole."""
+    asked = wish("80%", ("neuron", "group", "head", "layer"), spread="ends")
+    count = asked.budget.count(small(), make_plan(small(), scores(small(), seed), asked).shape())
+    assert 0 <= asked.budget.target(small()) - count < 3 * 128
+
+
+def test_coarse_steps_may_land_off_the_even_split() -> None:
+    """Half the channels is one step here: heads and neurons must go instead."""
+    asked = wish("flops=70%", ("neuron", "head", "channel"), uniform=True)
+    shape = make_plan(small(), scores(small(), 0), asked).shape()
+    assert shape.channels == 128
+    step = 2 * 32 * 3 * 128 * 6
+    assert 0 <= asked.budget.target(small()) - asked.budget.count(small(), shape) < step
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_parameters_in_all_are_never_above_and_hardly_below(way: str) -> None:
     for keep in ("108M", "100M", "120M"):

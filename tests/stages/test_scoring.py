@@ -22,10 +22,11 @@ from regrow.engines.checkpoint import logits
 from regrow.engines.gates import from_plan, gated
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks as pack
+from regrow.engines.walk import observe
 from regrow.errors import InputError, SettingsError, UnknownName
 from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan
-from regrow.stages.score import choose, reads_text, score
+from regrow.stages.score import REDUCE, choose, reads_text, score
 
 L, K, G, D, F, C, V = 3, 2, 3, 4, 10, 12, 40
 ALL: tuple[Unit, ...] = ("neuron", "group", "head", "channel", "layer")
@@ -210,8 +211,6 @@ def test_channels_are_summed_over_norms_and_layers(subject: Subject) -> None:
     ("reduce", "expected"), [("sum", 7.0), ("mean", 3.5), ("max", 4.0), ("prod", 12.0), ("first", 3.0)]
 )
 def test_ways_to_put_tensors_together(reduce: str, expected: float) -> None:
-    from regrow.stages.score import REDUCE
-
     assert REDUCE[reduce](torch.tensor([[3.0], [4.0]])).tolist() == [expected]
     assert set(REDUCE) == {"sum", "mean", "max", "prod", "first"}
 
@@ -238,6 +237,18 @@ def test_perplexity_is_the_loss_without_each_layer(subject: Subject) -> None:
         whole = loss()
         with gated(subject.model, anatomy, from_plan(anatomy, plan)):
             assert float(found[i]) == pytest.approx(loss() - whole, abs=1e-4)
+
+
+def test_scores_do_not_hang_on_how_text_is_cut_into_batches(subject: Subject) -> None:
+    wanted: dict[Any, tuple[Unit, ...]] = {"mean": ("neuron",), "var": ("channel",)}
+    seen = [observe(subject.model, subject.anatomy, text(), flow=wanted, angles=True, batch=b) for b in (1, 2, 5)]
+    for other in seen[1:]:
+        assert (other.sequences, other.tokens) == (seen[0].sequences, seen[0].tokens) == (5, 60)
+        torch.testing.assert_close(other.cosines(), seen[0].cosines(), rtol=1e-5, atol=1e-6)
+        for how, sites in other.flow.items():
+            for site in sites:
+                ours, theirs = other.moments(how, site, 1), seen[0].moments(how, site, 1)
+                torch.testing.assert_close(ours.reduce("l2"), theirs.reduce("l2"), rtol=1e-5, atol=1e-7)
 
 
 # ---- scores follow their units

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,13 @@ def emit(data: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress | None]:
-    """A bar a task on stderr; on a terminal it moves, in a log file each task is one line. None when quiet."""
+    """A bar a task on stderr; lines in a log file. None when quiet."""
     hush()
     if quiet:
         yield None
+        return
+    if not sys.stderr.isatty():
+        yield lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,6 +55,21 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
     finally:
         if tasks:
             bars.stop()
+
+
+def lines() -> Progress:
+    """For a log file: a line when a task begins and when it ends."""
+    began: dict[str, float] = {}
+
+    def say(what: str, done: int, total: int) -> None:
+        if what not in began:
+            began[what] = time.monotonic()
+            print(f"{what}: {total} to do", file=sys.stderr, flush=True)
+        if done >= total and what in began:
+            seconds = time.monotonic() - began.pop(what)
+            print(f"{what}: {done} done in {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    return say
 
 
 def hush() -> None:

@@ -219,7 +219,6 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         yield folder
         _flush(folder)
-        folder.chmod(0o755)
         folder.rename(out)
     except OSError as error:
         raise _cannot_write(out, error) from error
@@ -242,8 +241,9 @@ def _cannot_write(out: Path, error: OSError) -> OutputError:
 
 
 def _flush(folder: Path) -> None:
-    """Everything on disk before the name appears."""
+    """Everything on disk, and readable by those who may read the folder, before the name appears."""
     for path in [*folder.rglob("*"), folder]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -8,6 +8,8 @@ CUDA branches follow torch's documentation but have never been run on a GPU.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import inspect
 import os
 import platform
@@ -99,7 +101,7 @@ class PeakMemory:
     """Bytes that the work inside `with` takes at its peak, beyond what was held when it began.
 
     On CUDA: torch's allocator. On Linux: anonymous memory of the process, polled every 10 ms, so that weights mapped
-    from a file do not count; what the allocator kept from earlier work is reused unseen. Elsewhere: the process's
+    from a file do not count; freed memory is given back first. Elsewhere: the process's
     largest resident size, which counts files and never falls.
 
         with PeakMemory() as memory:
@@ -119,6 +121,7 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        _give_back()
         self._start = self._held()
         self._watcher.start()
         return self
@@ -177,6 +180,14 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, so that work which takes it again is seen. Does nothing without glibc."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _anonymous_bytes() -> int:

@@ -13,7 +13,7 @@ from regrow.artifacts.budget import Budget
 from regrow.artifacts.report import Report, retention
 from regrow.errors import BudgetError
 from regrow.page.numbers import percent, quantity, short, times, unit_label
-from regrow.page.rows import pick, ratio
+from regrow.page.rows import pick, ratio, verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,5 +95,6 @@ def _stat(report: Report, label: str, path: str | None) -> Stat | None:
     was, now = quantity(before.value, before.unit), quantity(after.value, after.unit)
     if label == "prompt speed":
         faster = 1 / share if share and after.better == "lower" else share
-        return Stat(label, was, now, unit_label(after.unit), f"{times(faster)} as fast")
+        words = f"{times(faster)} as fast" if verdict(before, after) != "noise" else "no difference beyond noise"
+        return Stat(label, was, now, unit_label(after.unit), words)
     return Stat(label, was, now, unit_label(after.unit) if after.unit != "perplexity" else "", times(share))
