@@ -87,3 +87,12 @@ def test_three_views_of_the_zero_shot_score(report: Report) -> None:
     assert [view.share for view in views(report)] == ["96.0 %", "80.9 %", "94.3 %"]
     assert left["above_chance"] == pytest.approx(0.809, abs=0.0005)
     assert views(dataclasses.replace(report, before={}, after={})) == []
+
+
+def test_a_speed_within_noise_is_no_headline() -> None:
+    def words(stderr: float) -> str:
+        sides = [{"speed/prompt_ms": Measure(ms, "ms", "lower", stderr, 3)} for ms in (100.0, 80.0)]
+        return stats(Report({}, {}, {}, sides[0], sides[1]))[0].change
+
+    assert words(1.0) == "×1.25 as fast"
+    assert words(40.0) == "no difference beyond noise"
