@@ -1,9 +1,10 @@
 """Every criterion x spread x axes on SmolLM2 at 80 % of the decoder weights, no recovery, three calibration seeds.
 
-    python bench/criteria.py --text PATH/wiki.test.raw
+    python bench/criteria.py --text PATH/wiki.test.raw [--share 1/2]
 
 First 20,480 tokens of the text, tokenised once as it is, blocks of 2048 that do not overlap. The text is used for this
-table only; defaults were chosen by `bench/defaults.py` on held-out demo text. Rows are kept, so it can be stopped.
+table only; defaults were chosen by `bench/defaults.py` on held-out demo text. Rows are kept, so it can be stopped, and
+`--share i/n` measures every n-th pair of seed and criterion, for n processes of one thread each.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ TOKENS, BLOCK = 4096, 128  # calibration
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", type=Path, required=True)
-    text = parser.parse_args().text.read_text()
+    parser.add_argument("--share", default="1/1")
+    asked = parser.parse_args()
+    text = asked.text.read_text()
+    mine, shares = map(int, asked.share.split("/"))
     ledger = Ledger(
         "criteria",
         __doc__ or "",
@@ -51,14 +55,12 @@ def main() -> None:
     subject = load("demo")
     ids = text_blocks(text, subject.tokenizer, seqlen=2048, max_tokens=20480)
     ledger.row("dense", lambda: {"perplexity": math.exp(block_losses(subject.model, ids).mean())})
-    for seed in SEEDS:
-        for criterion in CRITERIA:
-            if criterion in STILL and seed:
-                continue
-            for axes in AXES:
-                for spread in SPREADS:
-                    key = f"{criterion} {'+'.join(axes)} {spread} seed {seed}"
-                    ledger.row(key, partial(one, subject, ids, criterion, axes, spread, seed))
+    pairs = [(seed, criterion) for seed in SEEDS for criterion in CRITERIA if not (criterion in STILL and seed)]
+    for seed, criterion in pairs[mine - 1 :: shares]:
+        for axes in AXES:
+            for spread in SPREADS:
+                key = f"{criterion} {'+'.join(axes)} {spread} seed {seed}"
+                ledger.row(key, partial(one, subject, ids, criterion, axes, spread, seed))
 
 
 def one(subject: Subject, ids: Any, criterion: str, axes: tuple[Unit, ...], spread: str, seed: int) -> dict[str, Any]:

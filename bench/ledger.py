@@ -1,10 +1,12 @@
 """What every bench writes: one JSON with the command, machine, versions, seeds and rows; partial runs go on.
 
-A row has a key; a key that is there is not measured again. The file is replaced whole after every row.
+A row has a key; a key that is there is not measured again. The file is replaced whole after every row, under a lock
+and with the rows that another process has added meanwhile, so several may share one bench.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -48,9 +50,13 @@ class Ledger:
 
     def save(self) -> None:
         RESULTS.mkdir(exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1))
-        partial.replace(self.path)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.path.exists():
+                self.data["rows"] |= json.loads(self.path.read_text())["rows"]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.data, indent=1))
+            partial.replace(self.path)
 
 
 def commit() -> str:

