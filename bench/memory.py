@@ -65,7 +65,6 @@ def prune(criterion: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         demo = Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache/regrow")
         (Path(cache) / "demo").symlink_to(demo / "demo")
-        (Path(cache) / "texts").symlink_to(demo / "texts")
         os.environ["REGROW_CACHE"] = cache
         asked = {
             "criterion": criterion,

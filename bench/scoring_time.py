@@ -23,7 +23,7 @@ from regrow.stages.load import load
 from regrow.stages.score import choose, score
 
 TOKENS, BLOCK, REPEATS = 4096, 512, 5
-REMOVAL_TOKENS, REMOVAL_REPEATS = 512, 3
+REMOVAL_TOKENS, REMOVAL_REPEATS, REMOVAL_PLAIN = 512, 5, 10  # plain forwards in a turn: one alone is too short to time
 AXES: tuple[Unit, ...] = ("neuron", "group", "head", "channel", "layer")
 
 
@@ -52,10 +52,10 @@ def main() -> None:
         ),
         "the same walk without statistics / one forward": (lambda: plain(text), body, REPEATS, 1.0),
         "loss without each layer / L forwards": (
-            lambda: plain(few),
+            lambda: plain(few.repeat(REMOVAL_PLAIN, 1)),
             lambda: loss_without_layers(model, subject.anatomy, few),
             REMOVAL_REPEATS,
-            float(subject.anatomy.sizes["L"]),
+            subject.anatomy.sizes["L"] / REMOVAL_PLAIN,
         ),
     }
     for name, (base, work, repeats, share) in rows.items():

@@ -36,11 +36,10 @@ def repeated(words: list[str]) -> dict[str, Any]:
 
 
 def demo() -> dict[str, Any]:
-    """Once, with nothing in the cache but the converted model and the extracted texts."""
+    """Once, with nothing in the cache but the converted model."""
     warm = Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache/regrow")
     with tempfile.TemporaryDirectory() as cache:
-        for part in ("demo", "texts"):
-            (Path(cache) / part).symlink_to(warm / part)
+        (Path(cache) / "demo").symlink_to(warm / "demo")
         began = time.perf_counter()
         out = Path(cache) / "out"
         subprocess.run(

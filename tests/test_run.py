@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import regrow.run as road
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
 from regrow.artifacts.scores import Scores
-from regrow.dryrun import SCORE_COPIES, dry_run, machine_gflops
+from regrow.artifacts.shape import Shape
+from regrow.artifacts.sight import CRITERIA
+from regrow.dryrun import ITEM_TOKENS, SCORE_COPIES, dry_run, machine_gflops
 from regrow.engines import checkpoint
-from regrow.errors import BudgetError, IdentityError, UnknownName
+from regrow.errors import BudgetError, IdentityError, MissingDemo, SettingsError, TextError, UnknownName
 from regrow.settings import RECIPES, Recipe, find_recipe, overlay, parse, read_recipe, recipe_names
 from regrow.stages import recover as recovering
 
@@ -75,6 +78,10 @@ def test_another_ratio_costs_no_second_calibration(
     first = walk(recipe(keep="80%"), tmp_path / "a")
     assert first.stages["score"]["cached"] is False
     assert first.stages["score"]["tokens"] == 512
+    notes = json.loads((tmp_path / "a" / "regrow.json").read_text())
+    assert (notes["id"], notes["base_model"]) == ("a", recipe().model)
+    assert notes["base"]["fingerprint"] == checkpoint.fingerprint(Path(recipe().model))
+    assert "path" not in notes["base"]
     forbid(monkeypatch, "score", "calibration")
     seen: list[str] = []
     second = walk(recipe(keep="60%"), tmp_path / "b", progress=lambda what, *_: seen.append(what))
@@ -123,6 +130,54 @@ def test_scores_do_not_hang_on_what_is_cut(recipe: Make, change: dict[str, Any])
     for asked in (recipe(), recipe(**change)):
         road.scored(subject, asked, record, None)
     assert record["cached"] is True
+
+
+def test_another_version_of_the_code_scores_and_measures_anew(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = []
+    for number, code in enumerate(("one", "one", "two")):
+        monkeypatch.setattr(road.cache, "code", lambda code=code: code)
+        stages = walk(recipe(), tmp_path / str(number)).stages
+        cached.append((stages["score"]["cached"], stages["evaluate before"]["cached"]))
+    assert cached == [(False, False), (True, True), (False, False)]
+
+
+def test_a_criterion_that_was_edited_scores_anew(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file may lie outside regrow."""
+    subject, found = road.load(recipe().model), CRITERIA.get("activation")
+    cached = []
+    for code in ("one", "one", "two"):
+        monkeypatch.setitem(CRITERIA._items, "activation", dataclasses.replace(found, code=code))
+        record: dict[str, Any] = {}
+        road.scored(subject, recipe(), record, None)
+        cached.append(record["cached"])
+    assert cached == [False, True, False]
+
+
+def test_any_file_can_be_measured_on_and_its_every_space_counts(recipe: Make, tmp_path: Path) -> None:
+    text = tmp_path / "text.raw"
+    cached = []
+    for number, gap in enumerate((" ", " ", "  ")):
+        text.write_text(gap.join(["so", "the", "river", "rose"] * 130))
+        report = walk(recipe(evaluate={"text": str(text), "max_tokens": 256}), tmp_path / str(number))
+        cached.append(report.stages["evaluate before"]["cached"])
+    assert cached == [False, True, False]
+    assert report.before["text/text.raw/perplexity"].how["split"] == "the whole file"
+
+
+def test_text_that_is_trained_on_is_not_measured_on(recipe: Make, tmp_path: Path) -> None:
+    text, other = tmp_path / "mine.txt", tmp_path / "copy.md"
+    text.write_text("\n\n".join(f"Tale number {i} " + "went on and on and was not over yet. " * 8 for i in range(60)))
+    other.write_text("A preface.\n\n" + text.read_text())
+    trained = {"recover": {"text": str(text), "tokens": 256, "block": 32}}
+    scored = {"calibration": {"text": str(text)}}
+    for used, what in ((trained, "recovery text"), (scored, "calibration text")):
+        for measured in (text, other):
+            with pytest.raises(TextError, match=what):
+                road.check(recipe(**used, evaluate={"text": str(measured)}))
+        road.check(recipe(**used, evaluate={"text": "demo"}))
+    road.check(recipe(**scored, criterion="magnitude", evaluate={"text": str(text)}))  # reads no text
 
 
 def test_new_text_in_the_same_file_is_scored_anew(recipe: Make, tmp_path: Path) -> None:
@@ -215,6 +270,25 @@ def test_an_interrupted_recovery_goes_on_where_it_stopped(
     walk(asked, tmp_path / "whole")
     weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "whole", tmp_path / "out" / "cut")]
     assert weights[0] == weights[1]
+
+
+def test_less_memory_is_no_reason_to_start_anew(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller micro-batch goes on from the checkpoint; another type starts anew instead of being refused."""
+    often = recovering.as_train
+    monkeypatch.setattr(recovering, "as_train", lambda *x: dataclasses.replace(often(*x), save_every=1))
+    usual = {"tokens": 4 * 4 * 64, "block": 64, "batch": 4, "micro_batch": 4, "rank": 2}
+    with pytest.raises(KeyboardInterrupt):
+        walk(recipe(recover=usual), tmp_path / "cut", progress=pull_plug("recovery", 2 * 4 * 64))
+
+    def note(seen: list[int], what: str, done: int, _: int) -> None:
+        if what == "recovery":
+            seen.append(done)
+
+    for number, (changes, first) in enumerate((({"recover": {"micro_batch": 1}}, 2), ({"dtype": "bf16"}, 1))):
+        seen: list[int] = []
+        asked = parse(overlay(recipe(recover=usual).model_dump(), changes))
+        walk(asked, tmp_path / str(number), progress=partial(note, seen))
+        assert seen[0] == first * 4 * 64
 
 
 def test_a_recovery_with_other_settings_starts_anew(recipe: Make, tmp_path: Path) -> None:
@@ -316,6 +390,22 @@ def test_the_python_door(sprout_dir: Path, tmp_path: Path) -> None:
         regrow.prune(str(sprout_dir), tmp_path / "other", kepe="85%")
 
 
+def test_none_at_the_python_door_is_a_recipe_s_null(
+    sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is recovered and no text measured, though the recipe and the defaults say so."""
+    import regrow
+
+    asked: list[Recipe] = []
+    monkeypatch.setattr("regrow.door.run", lambda recipe, *_, **__: asked.append(recipe))
+    regrow.prune(str(sprout_dir), tmp_path / "cut", recipe="demo", recover=None, evaluate={"text": None})
+    assert asked[0].recover is None
+    assert asked[0].evaluate.text is None
+    assert asked[0].evaluate.tasks == ("piqa", "arc_easy")  # what was not named stays
+    with pytest.raises(SettingsError, match="keep = None"):
+        regrow.prune(str(sprout_dir), tmp_path / "cut", keep=None)
+
+
 # ---- recipes and dry runs
 
 BIG = LlamaConfig(
@@ -390,10 +480,89 @@ def test_where_a_dry_run_says_it_will_load(sprout_dir: Path) -> None:
     def loads(**changes: Any) -> str:
         return str(dry_run(parse({"model": str(sprout_dir), **changes}), gflops=1.0)["loads_as"])
 
-    assert loads(uniform=True) == "llama"
+    assert loads(uniform=True, axes=["neuron"]) == "llama"
+    assert loads(uniform=True) == "mistral (carrier)"  # 6 heads and width 128 are refused by a Llama configuration
     assert loads(spread="ends").startswith("regrow_llama")
-    assert loads(axes=["channel"], spread="ends") == "llama"
+    assert loads(axes=["channel"], spread="ends", keep="75%") == "llama"
     assert loads(axes=["layer"], keep="66.67%") == "llama"
+    # 192 neurons in every layer, which `across` will not keep equal
+    assert loads(axes=["neuron"], spread="uniform", keep="1001088") == "llama"
+    assert loads(axes=["neuron"], spread="across", keep="1001088").startswith("regrow_llama")
+    assert loads(spread="across", keep="100%") == "llama"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"spread": "uniform"},
+        {"uniform": True},
+        {"axes": ["layer", "neuron", "head"], "keep": "60%"},
+        {"axes": ["channel", "group"]},
+        {"keep": "2MB", "dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_a_dry_run_foretells_the_shape_of_the_run(recipe: Make, tmp_path: Path, change: dict[str, Any]) -> None:
+    """All but which layers get the few units that are left over."""
+    asked = recipe(criterion="magnitude", evaluate={"samples": []}, **change)
+    asked = asked.model_copy(update={"evaluate": asked.evaluate.model_copy(update={"text": None})})
+    foretold = dry_run(asked, gflops=1.0)
+    report = walk(asked, tmp_path / "cut")
+    assert foretold["shape_text"] == str(Shape.from_json(report.shape["after"]))
+    for name in ("parameters", "decoder_weights", "file_bytes", "kv_bytes_per_token", "flops_per_token"):
+        assert foretold["after"][name] == report.after[f"size/{name}"].value
+    config = json.loads((tmp_path / "cut" / "config.json").read_text(encoding="utf-8"))
+    assert foretold["loads_as"].split()[0] == config["model_type"]
+    assert not any("every layer lost the same" in note for note in foretold["notes"])
+
+
+def test_a_dry_run_across_says_that_scores_decide(recipe: Make) -> None:
+    found = dry_run(recipe(spread="across"), gflops=1.0)
+    assert any("every layer lost the same; spread across decides" in note for note in found["notes"])
+    for change in ({"axes": ["layer"]}, {"uniform": True}):
+        assert len(dry_run(recipe(spread="across", **change), gflops=1.0)["notes"]) == 1
+
+
+def test_a_dry_run_counts_tasks(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 x 300 items of at most 500, and all 1838 of piqa's rows."""
+
+    def measured(**evaluate: Any) -> tuple[dict[str, Any], str]:
+        found = dry_run(recipe(evaluate=evaluate), gflops=1.0)
+        rows = {row["stage"]: row for row in found["stages"]}
+        assert rows["measure before"]["tokens"] == rows["measure after"]["tokens"]
+        return rows["measure before"], " ".join(found["notes"])
+
+    without, said = measured()
+    assert without["tokens"] == 512
+    assert "items" not in said
+    limited, said = measured(tasks=["piqa", "sciq"], limit=300)
+    assert limited["tokens"] == 512 + 600 * ITEM_TOKENS
+    assert limited["minutes"] > 100 * without["minutes"]
+    logits = 2 * 4 * 8 * 2048 * 2048  # batch, context and vocabulary: below the cap
+    assert limited["peak_gb"] == pytest.approx(without["peak_gb"] + logits / 1e9, abs=0.002)
+    assert "600 items of tasks at 240 tokens each, which is rough" in said
+    assert "every item" not in said
+    whole, said = measured(tasks=["piqa"])
+    assert whole["tokens"] == 512 + 1838 * ITEM_TOKENS
+    assert "without a limit every item is asked" in said
+    capped, _ = measured(tasks=["piqa"], limit=1, batch=10**6)
+    assert capped["peak_gb"] == pytest.approx(without["peak_gb"] + 2 * 4 * 2**28 / 1e9, abs=0.002)
+    with pytest.raises(UnknownName, match="did you mean 'piqa'"):
+        measured(tasks=["pika"])
+
+    def absent(*_: Any) -> None:
+        raise MissingDemo("no wheel", "a wheel", "install it")
+
+    monkeypatch.setattr("regrow.engines.tasks.check_tasks", absent)
+    missing, said = measured(tasks=["piqa"])
+    assert missing["tokens"] == 512
+    assert "tasks are not counted: no wheel" in said
+
+
+def test_a_dry_run_says_when_it_does_not_know_how_long_a_text_is(recipe: Make) -> None:
+    asked = recipe().model_dump() | {"evaluate": {"max_tokens": None, "speed": False}}
+    assert "the whole text is measured" in dry_run(parse(asked), gflops=1.0)["notes"][1]
 
 
 def test_every_kind_of_sight_has_its_price() -> None:

@@ -1,7 +1,8 @@
 """Where regrow keeps what it may need again: the converted demo model, scores, unfinished recoveries.
 
 Everything under one folder (`REGROW_CACHE`, else `$XDG_CACHE_HOME/regrow`, else `~/.cache/regrow`) that can be deleted
-at any time. Keys are hashes of the inputs' content, so nothing goes stale. What this gives up: eviction.
+at any time. Keys are hashes of the inputs' content and of regrow's own code, so nothing goes stale.
+What this gives up: eviction; and whoever edits regrow scores again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,24 @@ def cache_dir(*parts: str) -> Path:
 def key(inputs: Mapping[str, Any]) -> str:
     """16 hex digits that change when any input changes. `inputs` must be JSON."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def code() -> str:
+    """16 hex digits over every module of regrow: another version may score or measure otherwise."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` when the block ends well, and vanishes when it does not."""
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        partial = Path(folder, path.name)
+        yield partial
+        partial.replace(path)
 
 
 def size_bytes(folder: Path) -> int:

@@ -17,7 +17,8 @@ def prune(
     """Cut `model` and leave a folder at `out`; returns the report.
 
     `recipe` is a name or a path; `settings` are keys of a recipe and override it: `keep="80%"`, `criterion="taylor"`,
-    `recover={"tokens": 100_000}`. Raises errors of `regrow.errors`.
+    `recover={"tokens": 100_000}`; None is a recipe's null: `recover=None` does not recover. Raises errors of
+    `regrow.errors`.
     """
     data = read_recipe(find_recipe(recipe)) if recipe else {}
-    return run(parse(overlay(data, {**settings, "model": model})), Path(out), page=pages, progress=progress)
+    return run(parse(overlay(data, {**settings, "model": model}, null=True)), Path(out), page=pages, progress=progress)

@@ -7,54 +7,123 @@ for a second on a matrix product. What this gives up: input and output, generati
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regrow.artifacts.shape import Anatomy, Shape, costs, even
+from regrow.artifacts.family import Unit
+from regrow.artifacts.plan import Plan
+from regrow.artifacts.scores import Scores
+from regrow.artifacts.shape import Anatomy, Shape, costs
+from regrow.engines import tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
-from regrow.engines.hetero import PREFIX
+from regrow.engines.hetero import PREFIX, holder
+from regrow.errors import MissingDemo
 from regrow.run import as_wish, chosen_criteria
-from regrow.settings import Recipe
-from regrow.stages.plan import check_wish, meet
+from regrow.settings import Evaluate, Recipe
+from regrow.stages.load import as_dtype
+from regrow.stages.plan import Wish, make_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
 EFFICIENCY = 0.6  # of a large matrix product's speed that a whole model reaches
+ITEM_TOKENS = 4 * 60  # of a task's item: about four choices of sixty tokens with their question
 
 
 def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Everything a user asks before a long run. Loads no weights."""
-    config = read_config(locate(recipe.model), trust_remote_code=trust_remote_code)
+    config = read_config(locate(recipe.model, weights=False), trust_remote_code=trust_remote_code)
     anatomy = bind(config)
-    wish = as_wish(recipe)
-    check_wish(anatomy, wish)
-    shape = even(anatomy, meet(anatomy, wish, wish.budget.target(anatomy)))
+    anatomy = replace(anatomy, store_bytes=min(anatomy.store_bytes, as_dtype(recipe.dtype).itemsize))
+    plan, guessed = foretold_plan(anatomy, as_wish(recipe))
+    shape, asked = plan.shape(), measuring(recipe.evaluate)
     speed = gflops or machine_gflops()
-    inside = {"group", "head", "neuron"} & set(wish.axes)
-    same = shape.uniform and (wish.uniform or wish.spread == "uniform" or not inside)
+    notes = ["minutes are rough: FLOPs over a measured speed, one device", *asked.notes]
+    if guessed:
+        notes.append(f"shape: as if every layer lost the same; spread {recipe.spread} decides by scores")
     return {
         "shape": shape.to_json(),
         "shape_text": str(shape),
         "before": costs(anatomy, anatomy.dense).to_json(),
         "after": costs(anatomy, shape).to_json(),
         "gflops": speed,
-        "stages": stages(recipe, anatomy, shape, speed),
-        "loads_as": config.model_type if same else f"{PREFIX}{config.model_type} (trust_remote_code)",
-        "notes": ["minutes are rough: FLOPs over a measured speed, one device"],
+        "stages": stages(recipe, anatomy, shape, asked.tokens, speed),
+        "loads_as": loads_as(config, anatomy, plan, guessed),
+        "notes": notes,
     }
 
 
-def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, gflops: float) -> list[dict[str, Any]]:
-    """Tokens, minutes and peak memory of each stage."""
+def foretold_plan(anatomy: Anatomy, wish: Wish) -> tuple[Plan, bool]:
+    """A plan of the shape that the run will leave, and whether scores may change that shape.
+
+    Only `across` looks at scores to share units among layers; for the others they decide which units go, and which
+    layers get the few that are left over.
+    """
+    sizes = anatomy.sizes
+    sides: dict[Unit, tuple[int, ...]] = {
+        "layer": (sizes["L"],),
+        "group": (sizes["L"], sizes["K"]),
+        "head": (sizes["L"], sizes["H"]),
+        "neuron": (sizes["L"], sizes["F"]),
+        "channel": (sizes["C"],),
+    }
+    table = {unit: torch.ones(sides[unit]) for unit in wish.axes}
+    even = Scores(table, {"criteria": {unit: {"comparable": True} for unit in wish.axes}})
+    guessed = wish.spread == "across" and not wish.uniform and bool({"group", "head", "neuron"} & set(wish.axes))
+    plan = make_plan(anatomy, even, replace(wish, spread="uniform") if guessed else wish)
+    return plan, guessed and plan.shape() != anatomy.dense
+
+
+def loads_as(config: PreTrainedConfig, anatomy: Anatomy, plan: Plan, guessed: bool) -> str:
+    """The model type of the folder, and what a reader of it must know."""
+    found = holder(config, anatomy, plan)
+    if guessed or found.kind == "heterogeneous":
+        return f"{PREFIX}{config.model_type} (trust_remote_code)"
+    return found.config.model_type if found.kind == "stock" else f"{found.config.model_type} (carrier)"
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """What is read to measure a model once."""
+
+    tokens: int
+    notes: Sequence[str]
+
+
+def measuring(asked: Evaluate) -> Measuring:
+    """Tokens of the text and of the tasks, and what of them is rough or not known here."""
+    tokens, notes = 0, []
+    if asked.text is not None:
+        tokens = asked.max_tokens or 0
+        if asked.max_tokens is None:
+            notes.append("the whole text is measured; how long it is is not known here, so it is not counted")
+    if asked.tasks:
+        try:
+            tasks.check_tasks(asked.tasks)
+            items = sum(len(tasks._rows(tasks.TASKS[name], asked.limit)[0]) for name in dict.fromkeys(asked.tasks))
+        except MissingDemo as missing:
+            return Measuring(tokens, [*notes, f"tasks are not counted: {missing.came}"])
+        tokens += items * ITEM_TOKENS
+        every = "" if asked.limit else ": without a limit every item is asked"
+        notes.append(f"{items:,} items of tasks at {ITEM_TOKENS} tokens each, which is rough{every}")
+    return Measuring(tokens, notes)
+
+
+def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops: float) -> list[dict[str, Any]]:
+    """Tokens, minutes and peak memory of each stage; `measured` tokens are read to measure a model once."""
     dense, cut = costs(anatomy, anatomy.dense), costs(anatomy, shape)
     asked, trained = recipe.calibration, recipe.recover
     sees = {c.criterion.sees for c in chosen_criteria(recipe).values()}
     forwards = sum(PASSES.get(s, 0.0) for s in sees) + (0.6 * anatomy.sizes["L"] if "removal" in sees else 0.0)
     copies = max(SCORE_COPIES[s] for s in sees)
-    measured = (recipe.evaluate.max_tokens or 0) if recipe.evaluate.text else 0
     logits = 4 * 3 * anatomy.sizes["V"]  # logits, log-probabilities and their gradient, fp32, a token
+    answers = task_logits(recipe.evaluate, anatomy)
     rows = [
         _row(
             "score",
@@ -63,7 +132,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, gflops: float) -> lis
             copies * 4 * dense.parameters + asked.block * logits,
             gflops,
         ),
-        _row("measure before", measured, dense.flops_per_token, 4 * dense.parameters, gflops),
+        _row("measure before", measured, dense.flops_per_token, 4 * dense.parameters + answers, gflops),
         _row("cut and write", 0, 0, 4 * dense.parameters + anatomy.store_bytes * cut.parameters, gflops),
     ]
     if trained is not None and trained.tokens:
@@ -77,8 +146,13 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, gflops: float) -> lis
                 gflops,
             )
         )
-    rows.append(_row("measure after", measured, cut.flops_per_token, 4 * cut.parameters, gflops))
+    rows.append(_row("measure after", measured, cut.flops_per_token, 4 * cut.parameters + answers, gflops))
     return rows
+
+
+def task_logits(asked: Evaluate, anatomy: Anatomy) -> int:
+    """Most bytes that logits of tasks take: the harness holds them twice, in fp32; long texts go in smaller batches."""
+    return 2 * 4 * min(tasks.LOGITS, asked.batch * tasks.CONTEXT * anatomy.sizes["V"]) if asked.tasks else 0
 
 
 def _row(stage: str, tokens: int, flops_per_token: float, peak: float, gflops: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,24 +17,26 @@ from typing import Any
 
 from torch import Tensor
 
+from regrow import cache
 from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Measure, Report
 from regrow.artifacts.scores import Scores
-from regrow.cache import cache_dir, key
+from regrow.artifacts.shape import loss_by_axis
 from regrow.engines import checkpoint, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
-from regrow.engines.texts import Part, documents, fingerprint
-from regrow.errors import SettingsError
+from regrow.engines.texts import Part, documents, fingerprint, shared
+from regrow.engines.train_settings import FREE
+from regrow.errors import SettingsError, TextError
 from regrow.settings import Recipe, dump
-from regrow.stages.apply import apply
-from regrow.stages.evaluate import check_asked, check_length, evaluate, sizes, write_samples
+from regrow.stages.apply import Cut, apply
+from regrow.stages.evaluate import check_asked, check_length, evaluate, read_text, sizes, write_samples
 from regrow.stages.export import export
 from regrow.stages.load import load
-from regrow.stages.plan import Wish, check_wish, loss_by_axis, make_plan, meet
+from regrow.stages.plan import Wish, check_wish, make_plan, meet, unprotected
 from regrow.stages.recover import as_train, recover
 from regrow.stages.score import Choice, choose, reads_text, score
 
@@ -104,14 +106,13 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
             {"prompt": p, "before": b, "after": a} for p, b, a in zip(recipe.evaluate.samples, said, now, strict=True)
         ),
         machine=machine(),
-        notes=_notes(subject, cut.holder.note, cut.difference),
+        notes=_notes(subject, cut, unprotected(subject.anatomy, plan, wish)),
         stages=clock.stages,
         training=training,
     )
     files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1)}
-    base = {**subject.source, "id": out.name, "base_model": subject.source.get("asked", subject.source["id"])}
-    base["note"] = subject.source["note"]
-    export(subject, cut.holder, plan, out, {**files, **page(report, plan, scores, files["recipe.yaml"])}, base)
+    pages = page(report, plan, scores, files["recipe.yaml"])
+    export(subject, cut.holder, plan, out, {**files, **pages}, _notes_of_folder(subject, out))
     if training:
         shutil.rmtree(work, ignore_errors=True)
     return report
@@ -124,6 +125,7 @@ def check(recipe: Recipe) -> Wish:
     if reads_text(chosen_criteria(recipe)):
         documents(recipe.calibration.text, "calibration")
     check_asked(recipe.evaluate)
+    _check_apart(recipe)
     asked = recipe.recover
     if asked is not None and asked.tokens:
         as_train(asked, recipe.seed)
@@ -135,6 +137,26 @@ def check(recipe: Recipe) -> Wish:
                 "use --dtype fp32, or recover.method=lora",
             )
     return wish
+
+
+def _check_apart(recipe: Recipe) -> None:
+    """Raise `TextError` when the file to measure on holds documents that are calibrated or trained on."""
+    file = recipe.evaluate.text
+    if file is None or not Path(file).is_file():
+        return  # other sources give their held-out part
+    used: list[tuple[str, Part, str]] = []
+    if reads_text(chosen_criteria(recipe)):
+        used.append((recipe.calibration.text, "calibration", "calibration"))
+    if recipe.recover is not None and recipe.recover.tokens:
+        used.append((recipe.recover.text, "recovery", "recovery"))
+    for source, part, what in used:
+        common = shared(read_text(file)[1], documents(source, part))
+        if common:
+            raise TextError(
+                f"{file} is to be measured on, and {common} of its paragraphs are {what} text from {source}",
+                "a text that is neither calibrated nor trained on",
+                "measure on another file, or on the held-out part of a source such as demo",
+            )
 
 
 def check_texts(subject: Subject, recipe: Recipe) -> None:
@@ -189,7 +211,8 @@ def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: P
     reads = reads_text(chosen)
     if reads:
         made_by |= {"calibration": recipe.calibration.model_dump(), "text": fingerprint(recipe.calibration.text)}
-    path = cache_dir("scores") / f"{key(made_by)}.safetensors"
+    code = {"code": cache.code(), "criteria_code": {u: c.criterion.code for u, c in chosen.items()}}
+    path = cache.cache_dir("scores") / f"{cache.key({**made_by, **code})}.safetensors"
     record["cached"] = path.exists()
     if path.exists():
         return Scores.load(path)
@@ -204,9 +227,8 @@ def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: P
         progress=progress,
         made_by={k: v for k, v in made_by.items() if k != "criteria"},
     )
-    partial = path.with_suffix(".partial")
-    found.save(partial)
-    partial.replace(path)
+    with cache.replacing(path) as partial:
+        found.save(partial)
     return found
 
 
@@ -219,13 +241,14 @@ def measured(
         "model": subject.source["fingerprint"],
         "evaluate": asked.model_dump(mode="json", exclude={"speed", "repeats"}),
         "dtype": recipe.dtype,
-        "text": None if asked.text is None else fingerprint(asked.text),
+        "text": None if asked.text is None else read_text(asked.text)[1],
         "versions": machine()["versions"],
+        "code": cache.code(),
     }
-    path = cache_dir("measures") / f"{key(inputs)}.json"
+    path = cache.cache_dir("measures") / f"{cache.key(inputs)}.json"
     record["cached"] = path.exists()
     if path.exists():
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         found, said = {k: Measure.from_json(v) for k, v in data["measures"].items()}, data["samples"]
     else:
         found = evaluate(
@@ -235,9 +258,10 @@ def measured(
             progress=progress,
         )
         said = write_samples(subject.model, subject.tokenizer, asked.samples)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"measures": {k: v.to_json() for k, v in found.items()}, "samples": said}))
-        partial.replace(path)
+        with cache.replacing(path) as partial:
+            partial.write_text(
+                json.dumps({"measures": {k: v.to_json() for k, v in found.items()}, "samples": said}), encoding="utf-8"
+            )
     if asked.speed:
         quick = asked.model_copy(update={"text": None, "tasks": ()})
         found |= evaluate(subject.model, subject.tokenizer, quick, progress=progress)
@@ -257,10 +281,11 @@ def _recovered(
     inputs = {
         "model": subject.source["fingerprint"],
         "plan": plan.to_json(),
-        "recover": asked.model_dump(),
+        "recover": asked.model_dump(exclude=set(FREE)),
         "seed": recipe.seed,
+        "dtype": recipe.dtype,
     }
-    work = cache_dir("recover", key({**inputs, "text": fingerprint(asked.text)}))
+    work = cache.cache_dir("recover", cache.key({**inputs, "text": fingerprint(asked.text)}))
     blocks = tokens.blocks(
         documents(asked.text, "recovery"), subject.tokenizer, block=asked.block, tokens=asked.tokens, seed=recipe.seed
     )
@@ -272,6 +297,22 @@ def _recovered(
     return result.losses, work
 
 
-def _notes(subject: Subject, holder: str, difference: float) -> tuple[str, ...]:
-    first = [f"dense: {subject.source['note']}"] if subject.source.get("note") else []
-    return (*first, holder, f"masked and sliced logits differ by {difference:.0e} of their scale")
+def _notes_of_folder(subject: Subject, out: Path) -> dict[str, Any]:
+    """What later steps need of where a cut model is from: `base_model` loads the base, their default teacher."""
+    source = subject.source
+    return {
+        "id": out.name,
+        "licence": source["licence"],
+        "note": source["note"],
+        "base_model": source.get("asked", "demo"),
+        "base": {k: v for k, v in source.items() if k not in ("path", "asked")},
+    }
+
+
+def _notes(subject: Subject, cut: Cut, unprotected: Sequence[Unit]) -> tuple[str, ...]:
+    notes = [f"dense: {subject.source['note']}"] if subject.source.get("note") else []
+    notes += [cut.holder.note, f"masked and sliced logits differ by {cut.difference:.0e} of their scale"]
+    if unprotected:
+        lost = " and ".join(f"{unit}s" for unit in unprotected)
+        notes.append(f"the budget is too small to leave the end layers whole: they lost {lost} too")
+    return tuple(notes)

@@ -23,7 +23,7 @@ Step = Annotated[int, Field(ge=1)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)  # else 16 and 16.0 are two keys
 
 
 class Calibration(_Part):
@@ -102,7 +102,9 @@ class Recipe(_Part):
     evaluate: Evaluate = Field(default=Evaluate(), description="what is measured before and after")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of every random choice")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N, mps")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="what is computed in, not stored in")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="what is computed in; stored in it too where the checkpoint has more bits"
+    )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
 
 
@@ -138,7 +140,7 @@ def _keys(path: list[str]) -> list[str]:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The data of a YAML recipe. Raises `SettingsError` when it is not a mapping."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(
             f"recipe {path} cannot be read: {error}", "a YAML file", "check the path and the file"
@@ -166,14 +168,17 @@ def find_recipe(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def overlay(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with `changes` on top, mappings merged; None in `changes` leaves what was there."""
+def overlay(data: Mapping[str, Any], changes: Mapping[str, Any], *, null: bool = False) -> dict[str, Any]:
+    """`data` with `changes` on top, mappings merged.
+
+    None in `changes` is a flag that was not given and leaves what was there; with `null` it is a value, as in a recipe.
+    """
     merged = dict(data)
     for key, value in changes.items():
         if isinstance(value, Mapping):
             below = merged.get(key)
-            merged[key] = overlay(below if isinstance(below, Mapping) else {}, value)
-        elif value is not None:
+            merged[key] = overlay(below if isinstance(below, Mapping) else {}, value, null=null)
+        elif null or value is not None:
             merged[key] = value
     return merged
 

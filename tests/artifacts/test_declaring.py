@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,32 @@ def test_a_criterion_cannot_see_or_score_what_is_not_there() -> None:
         criterion(sees="hessian", paper="-")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expert"):
         criterion(sees="weight", paper="-", units=("neuron", "expert"))  # type: ignore[arg-type]
+
+
+def test_what_is_seen_and_what_is_scored_must_go_together() -> None:
+    with pytest.raises(TypeError, match="whole layers"):
+        criterion(sees="angles", paper="-")
+    with pytest.raises(TypeError, match="leave 'layer' out"):
+        criterion(sees="flow", paper="-")
+    with pytest.raises(TypeError, match="sequence: Reduction"):
+
+        @criterion(sees="flow", paper="-", units=("neuron",))
+        def unsaid(sight: Sight) -> torch.Tensor:
+            """Does not say how a sequence is reduced."""
+            return torch.zeros(sight.units)
+
+
+def test_the_code_of_a_criterion_is_that_of_its_file(tmp_path: Path) -> None:
+    def made(body: str) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text(f'def mine(sight):\n    """Mine."""\n    return {body}\n')
+        scope: dict[str, Any] = {}
+        exec(compile(path.read_text(), str(path), "exec"), scope)
+        CRITERIA._items.pop("mine", None)
+        criterion(sees="weight", paper="-")(scope["mine"])
+        return CRITERIA.get("mine").code
+
+    assert made("1") == made("1") != made("2")
 
 
 def test_a_name_is_given_once() -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from regrow.artifacts.scores import Scores
-from regrow.errors import BrokenModel
+from regrow.errors import BrokenModel, OutputError
 
 
 def scores() -> Scores:
@@ -26,6 +26,11 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert {k: v.tolist() for k, v in other.table.items()} == {k: v.tolist() for k, v in one.table.items()}
     assert other.comparable("neuron")
     assert not other.comparable("group")
+
+
+def test_a_full_disk_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="scores cannot be written"):
+        Scores({"neuron": torch.ones(2, 3)}, {}).save(tmp_path / "no such folder" / "x.safetensors")
 
 
 def test_what_is_no_scores(tmp_path: Path) -> None:

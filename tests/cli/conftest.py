@@ -51,5 +51,8 @@ def regrow(capsys: pytest.CaptureFixture[str]) -> Command:
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of about 700 tokens to measure on."""
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("The river rose in the night and the people of the town went up the hill with their dogs. " * 30)
+    path.write_text(
+        "The river rose in the night and the people of the town went up the hill with their dogs. " * 30,
+        encoding="utf-8",
+    )
     return path

@@ -83,7 +83,8 @@ def broken(sprout_dir: Path, tmp_path: Path) -> Path:
     ("flags", "says"),
     [
         (("--criterion", "taylr"), ("unknown criterion 'taylr'", "did you mean 'taylor'", "magnitude")),
-        (("--criterion", "taylor,layer=perplexty"), ("unknown criterion 'perplexty'", "did you mean 'perplexity'")),
+        (("--criterion", "taylor,layer=perplexity"), ("a criterion for layers", "add layer to --axes")),
+        (("--criterion", "taylor,neuron=perplexty"), ("unknown criterion 'perplexty'", "did you mean 'perplexity'")),
         (("--criterion", "block-influence"), ("cannot score neurons", "taylor")),
         (("--criterion", "taylor,magnitude"), ("AXIS=NAME",)),
         (("--axes", "neurons"), ("unknown axis 'neurons'", "did you mean 'neuron'", "channel")),
@@ -142,8 +143,8 @@ def test_a_model_no_family_declares(refused: Refused, tmp_path: Path, out: Path,
 
 
 def test_a_model_type_transformers_does_not_know(refused: Refused, broken: Path, out: Path) -> None:
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**config, "model_type": "llama99"}))
+    config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "llama99"}), encoding="utf-8")
     refused("prune", broken, "--out", out, *QUICK, says=("is not understood", "llama99"), code=1)
 
 
@@ -173,7 +174,7 @@ def test_a_bad_recipe(
     refused: Refused, sprout_dir: Path, tmp_path: Path, out: Path, text: str, says: tuple[str, ...]
 ) -> None:
     recipe = tmp_path / "bad.yaml"
-    recipe.write_text(text)
+    recipe.write_text(text, encoding="utf-8")
     refused("run", recipe, "--model", sprout_dir, "--out", out, says=says)
 
 
@@ -227,7 +228,7 @@ def test_a_device_that_is_not_here(refused: Refused, sprout_dir: Path, out: Path
 
 def test_text_shorter_than_one_block(refused: Refused, sprout_dir: Path, tmp_path: Path, out: Path) -> None:
     short = tmp_path / "short.txt"
-    short.write_text("Just a few words.")
+    short.write_text("Just a few words.", encoding="utf-8")
     refused("eval", sprout_dir, "--text", short, "--seqlen", 64, says=("the text gives", "at least 64, one block"))
     ask = ("prune", sprout_dir, "--out", out, "--text", "none", "--no-speed", "--criterion", "activation")
     refused(*ask, "--calibration", short, says=("128, one block",))
@@ -239,8 +240,11 @@ def test_short_text_is_refused_before_anything_is_scored(
 ) -> None:
     monkeypatch.setattr("regrow.run.score", lambda *_, **__: pytest.fail("scored before the texts were checked"))
     short, few = tmp_path / "short.txt", tmp_path / "few.txt"
-    short.write_text("Just a few words.")
-    few.write_text("\n\n".join(f"Paragraph {i} of a short tale. " + "And so on it went. " * 12 for i in range(40)))
+    short.write_text("Just a few words.", encoding="utf-8")
+    few.write_text(
+        "\n\n".join(f"Paragraph {i} of a short tale. " + "And so on it went. " * 12 for i in range(40)),
+        encoding="utf-8",
+    )
     ask = ("run", "demo", "--model", sprout_dir, "--out", out)
     refused(*ask, "--set", f"evaluate.text={short}", says=("at least 512, one block",))
     refused(*ask, "--set", f"recover.text={few}", "--set", "recover.block=100000", says=("100000, one block",))
@@ -302,9 +306,9 @@ def test_missing_weights(refused: Refused, broken: Path, out: Path) -> None:
 
 
 def test_quantised_weights(refused: Refused, broken: Path, out: Path) -> None:
-    config = json.loads((broken / "config.json").read_text())
+    config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "config.json").write_text(json.dumps(config), encoding="utf-8")
     refused("prune", broken, "--out", out, *QUICK, says=("is quantised (gptq)", "then quantise the result"), code=1)
 
 
@@ -314,16 +318,16 @@ def test_quantised_weights(refused: Refused, broken: Path, out: Path) -> None:
 def test_an_output_that_exists_is_left_alone(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.mkdir()
-    (there / "precious").write_text("do not touch")
+    (there / "precious").write_text("do not touch", encoding="utf-8")
     refused("prune", sprout_dir, "--out", there, *QUICK, says=("there exists", "choose another --out"), code=1)
     refused("prune", sprout_dir, "--out", there / "precious", *QUICK, says=("precious exists",), code=1)
-    assert (there / "precious").read_text() == "do not touch"
+    assert (there / "precious").read_text(encoding="utf-8") == "do not touch"
 
 
 def test_an_output_that_cannot_be_made(
     refused: Refused, sprout_dir: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     ask = ("prune", sprout_dir, *QUICK, "--out")
     refused(*ask, tmp_path / "file" / "cut", says=("cannot be written", "File exists"), code=1)
 
@@ -353,16 +357,16 @@ def test_what_is_no_artifact(refused: Refused, tmp_path: Path, command: str) -> 
     texts = {"text.json": "hello", "list.json": "[1]", "other.json": "{}"}
     texts |= {"report.json": '{"before": {}}'} if command == "report" else {"plan.json": '{"layers": [1]}'}
     for name, text in texts.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
         target = tmp_path / name
         if command == "report":
-            (tmp_path / "report.json").write_text(text)
+            (tmp_path / "report.json").write_text(text, encoding="utf-8")
             target = tmp_path
         refused(command, *([target] * (2 if command == "diff" else 1)), says=(".json",))
 
 
 def test_a_mangled_report(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text('{"before": {"x": 1}}')
+    (tmp_path / "report.json").write_text('{"before": {"x": 1}}', encoding="utf-8")
     refused("show", tmp_path, says=("not a report",))
 
 

@@ -13,9 +13,12 @@ import torch
 import yaml
 from prompt import Command, Done
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
 
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
+from regrow.cli.main import app
+from regrow.engines import checkpoint
 from regrow.settings import Recipe, recipe_names
 
 FILES = {
@@ -54,7 +57,7 @@ def pruned(sprout_dir: Path, tmp_path_factory: pytest.TempPathFactory, words: Pa
 
 
 def read_report(out: Path) -> Report:
-    return Report.from_json(json.loads((out / "report.json").read_text()))
+    return Report.from_json(json.loads((out / "report.json").read_text(encoding="utf-8")))
 
 
 def check_folder(out: Path) -> str:
@@ -62,16 +65,19 @@ def check_folder(out: Path) -> str:
     names, report = {path.name for path in out.iterdir()}, read_report(out)
     remote = report.model["holder"] == "heterogeneous"
     assert names == FILES | ({"modeling_regrow.py"} if remote else set())
-    plan = Plan.from_json(json.loads((out / "plan.json").read_text()))
-    recipe = Recipe(**yaml.safe_load((out / "recipe.yaml").read_text()))
+    plan = Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
+    recipe = Recipe(**yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8")))
     assert recipe.model_dump(mode="json").items() <= {**report.made_by, "name": recipe.name}.items()
     assert report.shape["after"] == plan.shape().to_json()
-    card = (out / "README.md").read_text()
+    card = (out / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
+    assert "base_model:" not in card  # these tests cut folders, which no hub has
+    assert recipe.model not in card.replace(f"model: {recipe.model}\n", "")
     assert "license: apache-2.0" in card
     assert card.count("trust_remote_code=True") == (2 if remote else 0)  # model and tokenizer
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
+    assert recipe.model not in page.replace(f"model: {recipe.model}\n", "")
     assert "http://" not in page.replace("http://www.w3.org", "")
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=remote)
     assert sum(p.numel() for p in model.parameters()) == report.after["size/parameters"].value
@@ -79,7 +85,7 @@ def check_folder(out: Path) -> str:
     assert tokenizer.chat_template
     with torch.no_grad():
         assert bool(model(**tokenizer("a river", return_tensors="pt")).logits.isfinite().all())
-    notes = json.loads((out / "regrow.json").read_text())
+    notes = json.loads((out / "regrow.json").read_text(encoding="utf-8"))
     assert notes["licence"] == "apache-2.0"
     assert notes["base_model"]
     return str(report.model["holder"])
@@ -105,6 +111,7 @@ def test_prune_leaves_a_whole_folder(
     assert 0.8 * before - step * 3 * 128 < after <= 0.8 * before
     assert found["after"][f"text/{words.name}/perplexity"]["value"] > 1
     assert "activations" in done.err
+    assert "retained" not in done.out  # of tasks, and there were none
     for line in ("measure", "size/parameters", f"model:  {out}", "report: ", "cache:  ", "cut:    "):
         assert line in done.out
     assert ("trust_remote_code=True" in done.out) is not uniform
@@ -132,11 +139,11 @@ def test_all_axes_options_and_a_criterion_of_its_own_for_layers(
         "--out", tmp_path / "cut", "--reduce", "mean", *QUICK,
     )  # fmt: skip
     assert done.code == 0, done.err
-    recipe = Recipe(**yaml.safe_load((tmp_path / "cut" / "recipe.yaml").read_text()))
+    recipe = Recipe(**yaml.safe_load((tmp_path / "cut" / "recipe.yaml").read_text(encoding="utf-8")))
     assert recipe.criteria == {"layer": "contiguous"}
     assert recipe.options == {"batch": "mean", "sequence": "var"}
     assert recipe.split == {"layer": 0.5, "channel": 0.25}
-    plan = Plan.from_json(json.loads((tmp_path / "cut" / "plan.json").read_text()))
+    plan = Plan.from_json(json.loads((tmp_path / "cut" / "plan.json").read_text(encoding="utf-8")))
     assert plan.rescale_norms
     assert plan.made_by["scores"]["criteria"]["layer"]["name"] == "contiguous"
 
@@ -154,7 +161,8 @@ def test_run_a_recipe_by_path_with_flags_on_top(regrow: Command, sprout_dir: Pat
     recipe.write_text(
         "name: mine\nabout: a test\ncriterion: taylor\nkeep: 90%\ncalibration: {tokens: 512, block: 64}\n"
         "recover: {method: lora, rank: 2, tokens: 50000, block: 64, batch: 4, micro_batch: 2}\n"
-        "evaluate: {speed: false, seqlen: 64}\n"
+        "evaluate: {speed: false, seqlen: 64}\n",
+        encoding="utf-8",
     )
     done = regrow(
         "run", recipe, "--model", sprout_dir, "--out", tmp_path / "cut", "--recover-tokens", 2048, "--keep", "75%",
@@ -173,6 +181,9 @@ def test_run_a_recipe_by_path_with_flags_on_top(regrow: Command, sprout_dir: Pat
     assert [s["prompt"] for s in report.samples] == ["Hello"]
     assert report.after["task/piqa/acc"].samples == 4
     assert done.json["retention"]["tasks"] == 1
+    left = next(line for line in done.out.splitlines() if line.startswith("retained: "))
+    assert f"{100 * done.json['retention']['raw']:.1f} % of the zero-shot accuracy" in left
+    assert regrow("show", tmp_path / "cut").out.count(left) == 1
     for what in ("gradients", "recovery", "piqa", words.name):
         assert what in done.err
 
@@ -210,7 +221,9 @@ def test_eval_a_text(regrow: Command, sprout_dir: Path, words: Path) -> None:
     assert few["tokens"] == 2 * 63
     assert found["bits_per_byte"] > 0
     model = AutoModelForCausalLM.from_pretrained(sprout_dir, dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(sprout_dir)(words.read_text(), return_tensors="pt").input_ids[:, :128]
+    ids = AutoTokenizer.from_pretrained(sprout_dir)(words.read_text(encoding="utf-8"), return_tensors="pt").input_ids[
+        :, :128
+    ]
     with torch.no_grad():
         loss = model(input_ids=ids.view(2, 64), labels=ids.view(2, 64)).loss
     assert few["perplexity"] == pytest.approx(math.exp(float(loss)), rel=1e-4)
@@ -233,17 +246,16 @@ def test_inspect(regrow: Command, sprout_dir: Path, pruned: Path) -> None:
     assert dense.json["family"] == "llama"
     assert dense.json["exports"]["transformers"] == "AutoModelForCausalLM"
     assert cut.json["costs"]["parameters"] < 1_369_728
-    assert cut.json["shape"] == json.loads((pruned / "report.json").read_text())["shape"]["after"]
+    assert cut.json["shape"] == json.loads((pruned / "report.json").read_text(encoding="utf-8"))["shape"]["after"]
     assert "trust_remote_code" in cut.json["exports"]["transformers"]
     assert "6 layers x" in dense.out
-    assert regrow("inspect", sprout_dir, "-q").out == ""
 
 
 def test_estimate_is_what_prune_does(regrow: Command, sprout_dir: Path, pruned: Path) -> None:
     done = regrow("estimate", sprout_dir, "--keep", "70%", "--gflops", 10, "--json")
     assert done.code == 0, done.err
     found = done.json
-    report = json.loads((pruned / "report.json").read_text())
+    report = json.loads((pruned / "report.json").read_text(encoding="utf-8"))
     assert found["before"]["parameters"] == report["before"]["size/parameters"]["value"]
     assert found["after"]["decoder_weights"] == pytest.approx(
         report["after"]["size/decoder_weights"]["value"], abs=3 * 128
@@ -254,6 +266,8 @@ def test_estimate_is_what_prune_does(regrow: Command, sprout_dir: Path, pruned: 
     assert stages["recover"]["minutes"] > 0
     assert min(row["peak_gb"] for row in found["stages"]) > 0
     assert "GFLOP/s" in done.out
+    assert "loads as: regrow_llama (trust_remote_code)" in done.out
+    assert any("items of tasks" in note for note in found["notes"])
     short = regrow("estimate", sprout_dir, "--recover-tokens", 0, "--gflops", 10, "--criterion", "magnitude", "--json")
     assert {row["stage"] for row in short.json["stages"]} == set(stages) - {"recover"}
     assert short.json["stages"][0]["tokens"] == 0
@@ -267,6 +281,33 @@ def test_doctor(regrow: Command, sprout_dir: Path) -> None:
     assert done.json["sizes"]["F"] == 352
     assert "can be cut" in done.out
     assert "head tied to the embedding" in done.out
+
+
+def test_no_weights_are_downloaded_to_look_at_a_model(
+    regrow: Command, sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the hub would give for small files is a folder under a name of its own."""
+    snapshot = tmp_path / "0123abcd"
+    snapshot.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sprout_dir / name, snapshot / name)
+    asked: list[list[str]] = []
+
+    def download(_: str, *, allow_patterns: list[str], **__: Any) -> str:
+        asked.append(allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    doctor = regrow("doctor", "org/model", "--json")
+    assert doctor.json["weights_checked"] is False
+    assert "on the hub, not looked at" in doctor.out
+    assert regrow("inspect", "org/model", "--json").json["model"]["id"] == "org/model"
+    assert regrow("estimate", "org/model", "--gflops", 10, "--json").json["before"]["parameters"] == 1_369_728
+    assert len(asked) == 3
+    assert not any("safetensors" in pattern or pattern == "*" for patterns in asked for pattern in patterns)
+    whole = regrow("doctor", sprout_dir, "--json")
+    assert whole.json["weights_checked"] is True
+    assert "whole, in plain floating point" in whole.out
 
 
 @pytest.mark.parametrize("kind", ["criteria", "families", "recipes", "spreads", "tasks", "units"])
@@ -283,7 +324,7 @@ def test_ls(regrow: Command, kind: str) -> None:
 
 def test_show(regrow: Command, pruned: Path) -> None:
     assert "after / before" in regrow("show", pruned).out
-    assert regrow("show", pruned, "--json").json == json.loads((pruned / "report.json").read_text())
+    assert regrow("show", pruned, "--json").json == json.loads((pruned / "report.json").read_text(encoding="utf-8"))
     table = regrow("show", pruned / "plan.json").out
     assert "6 layers x" in table
     assert "query heads" in table
@@ -294,12 +335,12 @@ def test_show(regrow: Command, pruned: Path) -> None:
 
 
 def test_diff(regrow: Command, pruned: Path, tmp_path: Path) -> None:
-    plan = json.loads((pruned / "plan.json").read_text())
+    plan = json.loads((pruned / "plan.json").read_text(encoding="utf-8"))
     plan["layers"][0]["neurons"] = plan["layers"][0]["neurons"][1:]
     plan["layers"] = plan["layers"][:-1]
     plan["channels"] = plan["channels"][1:]
     other = tmp_path / "plan.json"
-    other.write_text(json.dumps(plan))
+    other.write_text(json.dumps(plan), encoding="utf-8")
     rows = {row[0]: row[1:] for row in regrow("diff", pruned / "plan.json", other, "--json").json["rows"]}
     assert rows["channels"] == ["127", "1", "0"]
     kept = len(plan["layers"][0]["neurons"])
@@ -318,13 +359,22 @@ def test_diff(regrow: Command, pruned: Path, tmp_path: Path) -> None:
 
 
 def test_report_makes_the_page_anew(regrow: Command, pruned: Path, tmp_path: Path) -> None:
+    """With the importance maps of the page that was there, as long as it is there."""
     copied = tmp_path / "copy"
     shutil.copytree(pruned, copied)
-    (copied / "report.html").unlink()
-    assert regrow("report", copied, "--json").json == {"page": str(copied / "report.html")}
-    assert (copied / "report.html").read_text().startswith("<!doctype html>")
-    assert regrow("report", copied, "--out", tmp_path / "page.html").out.strip() == str(tmp_path / "page.html")
-    assert (tmp_path / "page.html").exists()
+    page, other = copied / "report.html", tmp_path / "page.html"
+    first = page.read_text(encoding="utf-8")
+    assert 'id="importance"' in first
+    assert regrow("report", copied, "--out", other).out.strip() == str(other)
+    assert regrow("report", copied, "--json").json == {"page": str(page), "maps": True}
+    assert page.read_text(encoding="utf-8") == other.read_text(encoding="utf-8") == first
+    page.unlink()
+    assert "without importance maps" in regrow("report", copied).out
+    assert regrow("report", copied, "--json").json == {"page": str(page), "maps": False}
+    again = page.read_text(encoding="utf-8")
+    assert again.startswith("<!doctype html>")
+    assert 'id="importance"' not in again
+    assert sorted(p.name for p in copied.iterdir()) == sorted(p.name for p in pruned.iterdir())
 
 
 def test_a_cut_folder_cannot_be_cut_twice_when_its_layers_differ(regrow: Command, pruned: Path, tmp_path: Path) -> None:
@@ -340,7 +390,7 @@ def test_a_uniform_folder_can_be_cut_again(regrow: Command, sprout_dir: Path, tm
     done = regrow("prune", tmp_path / "one", "--keep", "80%", "--out", tmp_path / "two", *ask)
     assert done.code == 0, done.err
     assert check_folder(tmp_path / "two") == "stock"
-    assert read_report(tmp_path / "two").model["asked"] == str(tmp_path / "one")
+    assert read_report(tmp_path / "two").made_by["model"] == str(tmp_path / "one")
 
 
 def test_help_of_every_command(regrow: Command) -> None:
@@ -351,4 +401,36 @@ def test_help_of_every_command(regrow: Command) -> None:
         done = regrow(name, "--help")
         assert done.code == 0
         assert f"Usage: regrow {name}" in done.out
-        assert "--json" in done.out
+
+
+def test_every_command_takes_the_options_that_scripts_pass_everywhere() -> None:
+    """Where nothing is drawn, --seed is taken all the same, and says so."""
+    group: Any = get_command(app)
+    still = {"inspect", "estimate", "doctor", "ls", "show", "diff", "report"}
+    assert set(group.commands) == still | {"run", "prune", "eval"}
+    for name, command in group.commands.items():
+        given = {flag: p for p in command.params for flag in p.opts}
+        assert {"--json", "--quiet", "-q", "--seed"} <= set(given), name
+        assert ("nothing here is random" in given["--seed"].help) is (name in still), name
+
+
+def test_quiet_commands_print_nothing_and_a_seed_changes_nothing(
+    regrow: Command, sprout_dir: Path, pruned: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pruned, tmp_path / "copy")
+    for command in (
+        ("ls", "units"),
+        ("show", pruned),
+        ("show", pruned / "plan.json"),
+        ("show", "demo"),
+        ("diff", pruned, pruned),
+        ("report", tmp_path / "copy"),
+        ("inspect", sprout_dir),
+        ("doctor", sprout_dir),
+        ("estimate", sprout_dir, "--gflops", 10),
+    ):
+        assert regrow(*command, "-q") == Done(0, "", "")
+        found = regrow(*command, "-q", "--json", "--seed", 3)
+        assert (found.code, len(found.out.splitlines())) == (0, 1)
+        assert found.json == regrow(*command, "--json").json
+        assert regrow(*command).out

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from models import VOCAB, anatomy_of, cut, difference, logits, make, plan, tokenizer
@@ -173,15 +174,56 @@ def test_memory_equals_disk_bit_for_bit(tmp_path: Path, tied: bool, dtype: torch
     before = logits(model.model, PROBE)
     checkpoint.round_to(model.model, dtype)
     assert (difference(before, logits(model.model, PROBE)) > 0) == (dtype != torch.float32)
+    memory = {name: parameter.clone() for name, parameter in model.model.named_parameters()}
+    computed = logits(model.model, PROBE)
     checkpoint.write(model.model, tokenizer(), tmp_path, dtype, model.holder.code)
+    assert {parameter.dtype for parameter in model.model.parameters()} == {dtype}  # no second copy was made
     assert checkpoint.storage_dtype(tmp_path) == dtype
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {dtype}
     again, _ = checkpoint.read(tmp_path)
-    for (name, ours), (same, theirs) in zip(model.model.named_parameters(), again.named_parameters(), strict=True):
+    for (name, ours), (same, theirs) in zip(memory.items(), again.named_parameters(), strict=True):
         assert name == same
         assert torch.equal(ours, theirs), name
-    assert torch.equal(logits(model.model, PROBE), logits(again, PROBE))
+    assert torch.equal(computed, logits(again, PROBE))
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != tied
+
+
+def test_finite_and_rounded_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_PIECE", 8)
+    model = torch.nn.Linear(5, 7)
+    whole = model.weight.detach().to(torch.bfloat16).float()
+    checkpoint.round_to(model, torch.bfloat16)
+    assert torch.equal(model.weight, whole)
+    for place in ((0, 0), (6, 4)):
+        broken = whole.clone()
+        assert checkpoint._finite(broken)
+        broken[place] = float("nan")
+        assert not checkpoint._finite(broken)
+
+
+def test_a_tokenizer_is_part_of_the_fingerprint(copy: Path) -> None:
+    before = checkpoint.fingerprint(copy)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    after = checkpoint.fingerprint(copy)
+    assert before != after
+    (copy / "README.md").write_text("words for people")
+    assert checkpoint.fingerprint(copy) == after
+
+
+def test_a_hub_model_is_looked_at_without_its_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = ["config.json", "tokenizer.json", "README.md", "model-00001-of-00002.safetensors", "modeling_x.py"]
+    files += ["consolidated.safetensors", "pytorch_model.bin", "original/model.safetensors", "onnx/config.json"]
+    found: list[list[str]] = []
+
+    def download(_: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        chosen = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        found.append(sorted(chosen))
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    assert checkpoint.locate("org/model", weights=False) == checkpoint.locate("org/model") == tmp_path
+    assert found[0] == ["README.md", "config.json", "modeling_x.py", "tokenizer.json"]
+    assert found[1] == sorted([*found[0], "model-00001-of-00002.safetensors"])
 
 
 def test_a_flipped_bit_is_found(good: Path, copy: Path) -> None:

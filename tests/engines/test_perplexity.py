@@ -126,7 +126,6 @@ def test_score_by_hand() -> None:
     assert score.record == {
         "text": "sun",
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "join": "as it is",
         "seqlen": 16,
         "stride": 16,
         "bos": False,

@@ -187,17 +187,6 @@ def test_the_model_is_consumed_as_it_is_cut() -> None:
     assert all(p.numel() == 0 for p in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_to_a_storage_type(dtype: torch.dtype) -> None:
-    model = make("llama")
-    anatomy = anatomy_of(model)
-    kept = plan(anatomy, ("neuron", "channel"), uniform=False)
-    exact = slices("llama", kept)
-    for name, tensor in slice_model(model, anatomy, kept, dtype=dtype):
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, exact[name].to(dtype).float()), name
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_gates_none_are_the_binary_gates_of_the_plan(kind: str) -> None:
     anatomy = anatomy_of(make(kind))

@@ -11,7 +11,7 @@ from torch import Tensor
 from models import anatomy_of, families, ids, make
 from regrow.artifacts.family import Unit
 from regrow.artifacts.sight import Reduction
-from regrow.engines.walk import Seen, flow_sites, observe
+from regrow.engines.walk import Seen, _over_sequence, flow_sites, observe
 from regrow.errors import BrokenModel
 
 KINDS = [kind for kind, _ in families()]
@@ -73,6 +73,17 @@ def test_reductions_by_hand() -> None:
     torch.testing.assert_close(var.total.flatten(), torch.tensor([25 / 3 - 1 / 9, 0 + (36 / 3 - 4)]).double())
     torch.testing.assert_close(mean.reduce("mean").flatten(), torch.tensor([5 / 3, 3 / 2]).double())
     torch.testing.assert_close(mean.reduce("var").flatten(), torch.tensor([4 / 9, 1 / 4]).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_neither_overflow_nor_tie(dtype: torch.dtype) -> None:
+    """128 tokens of 600 add up to more than fp16 holds; 1000 channels to more values than bf16 tells apart."""
+    for how, expected in (("mean", 600.0), ("l2", 600 * 128**0.5)):
+        found = _over_sequence(torch.full((1, 128, 2), -600.0, dtype=dtype), how)  # type: ignore[arg-type]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, torch.full((1, 2), expected))
+    noise = torch.randn(1, 64, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert len(_over_sequence(noise, "mean").unique()) > 900
 
 
 @pytest.mark.parametrize("kind", KINDS)

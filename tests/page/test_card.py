@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +11,17 @@ import yaml
 
 from regrow.artifacts.report import Report
 from regrow.page.card import markdown_table, model_card
+from regrow.page.page import render
 from regrow.page.rows import groups
 
 LOAD = "from transformers import AutoModelForCausalLM"
 
 
-def card(report: Report, **changes: Any) -> str:
-    given = {"base_model": "org/model", "licence": "apache-2.0", "load_code": LOAD, "recipe": "budget: 80%\n"}
-    return model_card(report, **{**given, **changes})
+def card(report: Report, recipe: str = "budget: 80%\n", **model: Any) -> str:
+    """The card of the report, with these entries of its model changed."""
+    return model_card(
+        dataclasses.replace(report, model={**report.model, **model}) if model else report, load_code=LOAD, recipe=recipe
+    )
 
 
 def test_the_table_has_a_row_a_measure(report: Report) -> None:
@@ -30,15 +34,54 @@ def test_the_table_has_a_row_a_measure(report: Report) -> None:
 
 
 def test_the_front_matter_parses(report: Report) -> None:
-    _, front, rest = card(report, base_model="org/model: a 'b'", licence="other").split("---\n", 2)
+    _, front, rest = card(report, licence="other: a 'b'").split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": "org/model: a 'b'",
-        "license": "other",
+        "base_model": "HuggingFaceTB/SmolLM2-135M",
+        "license": "other: a 'b'",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "regrow"],
     }
-    assert "\n# org/model: a 'b', cut back and regrown\n" in rest
+    assert "\n# HuggingFaceTB/SmolLM2-135M, cut back and regrown\n" in rest
+
+
+@pytest.mark.parametrize(
+    ("asked", "base", "title"),
+    [
+        ("org/model", "org/model", "org/model"),
+        ("org/model.v2-1", "org/model.v2-1", "org/model.v2-1"),
+        ("/srv/secret/llama", None, "llama"),
+        ("./models/llama", None, "llama"),
+        ("../llama/", None, "llama"),
+        ("~/llama", None, "llama"),
+        ("a/b/llama", None, "llama"),
+        ("C:\\secret\\llama", None, "llama"),
+        ("llama", None, "llama"),
+        ("here/llama", None, "llama"),
+    ],
+)
+def test_only_a_hub_id_is_a_base_model(
+    report: Report,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    base: str | None,
+    title: str,
+) -> None:
+    """A folder is called by its name, wherever it lies; the front matter does not name it, since no hub has it."""
+    (tmp_path / "here" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = card(report, id="llama" if base is None else base, asked=asked)
+    assert yaml.safe_load(text.split("---\n", 2)[1]).get("base_model") == base
+    assert f"\n# {title}, cut back and regrown\n" in text
+    assert "secret" not in text
+    travelled = dataclasses.replace(
+        report, model={**report.model, "id": asked, "asked": asked}, made_by={**report.made_by, "model": asked}
+    )
+    page = render(travelled, None, None, None)
+    assert f"<h1>{title}</h1>" in page
+    assert "secret" not in page
+    assert (asked in page) is (asked in (title, base))
 
 
 def test_the_card_says_what_was_cut_how_to_load_and_what_to_mind(report: Report) -> None:
@@ -66,8 +109,8 @@ def test_zeros_are_not_sold_as_a_smaller_model(report: Report) -> None:
 
 def test_text_cannot_break_out(report: Report) -> None:
     before = {**report.before, "task/a|b<script>/acc": report.before["task/piqa/acc"]}
-    evil = dataclasses.replace(report, before=before, notes=("<script>",), model={"id": "x", "note": "<script>"})
-    text = card(evil, recipe="a: |\n  ```\n  ````\n", base_model="<script>")
+    evil = dataclasses.replace(report, before=before, notes=("<script>",), model={"id": "<script>", "note": "<script>"})
+    text = card(evil, recipe="a: |\n  ```\n  ````\n")
     body = text.split("---\n", 2)[2]
     assert "<script" not in body
     assert "a\\|b&lt;script>" in body

@@ -12,7 +12,7 @@ import pytest
 
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
-from regrow.page.page import render
+from regrow.page.page import drawn_maps, render
 from regrow.page.rows import groups
 
 EVIL = '<script>alert("x")</script>'
@@ -121,6 +121,18 @@ def test_a_report_without_tasks_or_without_any_measure(report: Report) -> None:
     assert "perplexity" in page
     bare = Report(model={"id": "a"}, made_by={}, shape={}, before={}, after={})
     assert balanced(render(bare, None, None, None))
+
+
+def test_maps_of_an_earlier_page_can_be_taken_over(report: Report, plan: Plan, scores: Any, recipe: str) -> None:
+    """Then the page is the same to the last character."""
+    first = render(report, plan, scores, recipe)
+    maps = drawn_maps(first)
+    assert maps is not None
+    assert maps.count("<svg") == 4
+    assert render(report, plan, None, recipe, maps) == first
+    assert render(report, plan, None, recipe) != first
+    for other in ("", "hello", render(report, plan, None, recipe)):
+        assert drawn_maps(other) is None
 
 
 def test_the_same_shape_is_said_to_be_unchanged(report: Report) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from regrow.artifacts.report import Measure, Report, retention
-from regrow.page.headline import asked, reached, stats, views
+from regrow.page.headline import asked, reached, retained, stats, views
 from regrow.page.rows import at_chance, groups, ratio, verdict
 
 
@@ -87,6 +87,22 @@ def test_three_views_of_the_zero_shot_score(report: Report) -> None:
     assert [view.share for view in views(report)] == ["96.0 %", "80.9 %", "94.3 %"]
     assert left["above_chance"] == pytest.approx(0.809, abs=0.0005)
     assert views(dataclasses.replace(report, before={}, after={})) == []
+
+
+def test_what_is_retained_in_one_line(report: Report) -> None:
+    """The same shares, and the names of the tasks that do not count once chance is taken off."""
+    out = "left out, at chance from the start: boolq, winogrande"
+    said = f"96.0 % of the zero-shot accuracy, 80.9 % corrected for chance ({out}), 94.3 % by gold bits"
+    assert retained(report) == said
+
+    def only(*words: str) -> str:
+        kept = {path: m for path, m in report.before.items() if any(word in path for word in words)}
+        return retained(dataclasses.replace(report, before=kept, after={k: report.after[k] for k in kept}))
+
+    assert only("winogrande/acc").startswith("99.1 % of the zero-shot accuracy, – corrected for chance (left out")
+    assert "left out" not in only("piqa")
+    assert only("gold") == "94.3 % by gold bits"
+    assert only("text/", "size/") == ""
 
 
 def test_a_speed_within_noise_is_no_headline() -> None:

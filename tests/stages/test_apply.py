@@ -1,17 +1,19 @@
-"""Cutting in every type that can be computed in; the proof is coarse in 16 bits, and says so."""
+"""Cutting in every type that can be computed in; 16 bits hide small faults, so fp32 stands in for the proof."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import Branch, Cut, Family, declare
 from regrow.engines import checkpoint
 from regrow.errors import IdentityError
-from regrow.stages.apply import apply
+from regrow.stages.apply import apply, prove
 from regrow.stages.export import export
 from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan
@@ -37,6 +39,27 @@ def test_sixteen_bits_still_notice_a_wrong_cut() -> None:
     ours = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(IdentityError, match="at most 1e-01"):
         checkpoint.check_equal("two models", ours, ours.flip(-1), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_neurons_that_depend_on_each_other_are_refused_in_every_type(
+    sprout_dir: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks declared, but what a neuron says hangs on its neighbours; in 16 bits rounding alone would hide it."""
+    subject = load(str(sprout_dir), dtype=dtype, device="cpu")
+
+    def coupled(self: Any, x: torch.Tensor) -> torch.Tensor:
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        out: torch.Tensor = self.down_proj(h - 0.1 * h.mean(-1, keepdim=True))
+        return out
+
+    scores = score(subject, choose("magnitude", ("neuron",), {}, {}), None)
+    plan = make_plan(subject.anatomy, scores, Wish(budget=Budget.parse("70%"), axes=("neuron",)))
+    if dtype != "fp32":
+        assert prove(subject.model, subject.anatomy, plan) < 1e-5
+    monkeypatch.setattr(LlamaMLP, "forward", coupled)
+    with pytest.raises(IdentityError, match="masked and sliced"):
+        apply(subject, plan)
 
 
 def test_channels_under_a_layer_norm_cannot_be_declared() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.plan import Plan
@@ -155,11 +157,22 @@ def test_sizes_are_the_costs(subject: Subject) -> None:
 
 
 def test_where_text_to_measure_comes_from(tmp_path: Path) -> None:
-    name, text = read_text("demo:squad")
-    assert name == "demo:squad held out"
-    assert text == "\n\n".join(d.text for d in documents("demo:squad", "heldout"))
+    name, text, origin = read_text("demo")
+    found = documents("demo", "heldout")
+    assert name == "demo held out"
+    assert sorted(text.split("\n\n")) == sorted("\n\n".join(d.text for d in found).split("\n\n"))
+    assert origin == {
+        "split": "held out",
+        "join": "blank lines",
+        "documents": len(found),
+        "domains": ["coqa", "drop", "lambada", "squad"],
+    }
+    assert text == read_text("demo")[1]
+    start = text[:40_000]  # about as much as is measured unless told otherwise
+    assert {d.domain for d in found if d.text in start} == set(origin["domains"])
     (tmp_path / "x.md").write_text("as it is\n\nall of it\n")
-    assert read_text(str(tmp_path / "x.md")) == ("x.md", "as it is\n\nall of it\n")
+    whole = {"split": "the whole file", "join": "as it is"}
+    assert read_text(str(tmp_path / "x.md")) == ("x.md", "as it is\n\nall of it\n", whole)
     (tmp_path / "bytes").write_bytes(b"\xff\xff")
     with pytest.raises(TextError, match="UTF-8"):
         read_text(str(tmp_path / "bytes"))
@@ -217,6 +230,37 @@ def test_recovery_heals_a_cut_and_ends_rounded(subject: Subject, tmp_path: Path,
     assert not subject.model.training
     assert not any("lora" in name for name, _ in subject.model.named_parameters())
     assert all(torch.equal(p, p.to(torch.bfloat16).float()) for p in subject.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recovery_leaves_the_type_it_computes_in(sprout_dir: Path, tmp_path: Path, method: str) -> None:
+    """What is measured after is computed as what was measured before: adapters are merged in fp32 and rounded back."""
+    subject = load(str(sprout_dir), dtype="bf16" if method == "lora" else "fp32", device="cpu")
+    device, dtype = subject.model.device, subject.model.dtype
+    rows = blocks(documents("demo", "recovery"), subject.tokenizer, block=64, tokens=512, seed=0)
+    settings = Recover(method=method, tokens=512, block=64, rank=2)  # type: ignore[arg-type]
+    recover(subject, rows, settings, folder=tmp_path, seed=0)
+    assert (subject.model.device, {p.dtype for p in subject.model.parameters()}) == (device, {dtype})
+
+
+def test_what_is_computed_in_fewer_bits_is_stored_in_fewer(sprout_dir: Path, tmp_path: Path) -> None:
+    """Weights rounded to 16 bits do not fill a 32-bit file, and budgets in bytes know what is stored."""
+    for given, asked, stored in (
+        ("float32", "fp32", 4),
+        ("float32", "bf16", 2),
+        ("bfloat16", "fp32", 2),
+        ("", "fp32", 4),
+    ):
+        folder = tmp_path / f"{given}-{asked}"
+        shutil.copytree(sprout_dir, folder)
+        config = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        kind = getattr(torch, given or "float32")
+        save_file({k: v.to(kind) for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        config.pop("dtype", None)
+        (folder / "config.json").write_text(json.dumps(config | ({"dtype": given} if given else {})))
+        subject = load(str(folder), dtype=asked, device="cpu")
+        assert (subject.store.itemsize, subject.anatomy.store_bytes) == (stored, stored)
 
 
 # ---- export

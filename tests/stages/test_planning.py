@@ -16,10 +16,10 @@ from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import UNITS, Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import Anatomy, LayerShape, Shape
+from regrow.artifacts.shape import Anatomy, LayerShape, Shape, loss_by_axis
 from regrow.engines.bind import bind
 from regrow.errors import BudgetError, InputError, SettingsError, UnknownName
-from regrow.stages.plan import DIVISORS, FINEST, Wish, check_wish, keep_layers, loss_by_axis, make_plan
+from regrow.stages.plan import DIVISORS, FINEST, Wish, check_wish, keep_layers, make_plan, unprotected
 
 
 @cache
@@ -309,7 +309,40 @@ def test_the_record_says_why() -> None:
     assert plan.made_by["split"] == {"neuron": 1.0, "group": 0.5}
     assert plan.made_by["spread"] == "across"
     assert not plan.rescale_norms
-    assert make_plan(small(), scores(small(), 7), wish("80%", rescale_norms=True)).rescale_norms
+    channels = wish("80%", axes=("neuron", "channel"), rescale_norms=True)
+    assert make_plan(small(), scores(small(), 7), channels).rescale_norms
+    whole = make_plan(small(), scores(small(), 7), wish("60%", axes=("layer", "channel")))
+    assert whole.made_by["spread"].startswith("none")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"split": {"channel": 2.0}}, "split names channels"),
+        ({"divisors": {"head": 1}}, "divisors names heads"),
+        ({"split": {"neuron": 0.0, "group": 0.0}}, "neuron, group lose nothing"),
+        ({"rescale_norms": True}, "rescale_norms in a cut without channels"),
+    ],
+    ids=str,
+)
+def test_settings_without_effect_are_refused(more: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        make_plan(small(), scores(small(), 7), wish("80%", **more))
+
+
+def test_layers_of_a_model_of_one_say_why() -> None:
+    one = small(num_hidden_layers=1)
+    with pytest.raises(InputError, match="the model has one layer"):
+        make_plan(one, scores(one, 7), wish("80%", axes=("layer",)))
+
+
+def test_end_layers_that_lose_units_are_named() -> None:
+    """Six layers of two groups: at 90 % the first and last stay whole, at 30 % they cannot."""
+    for budget, expected in (("90%", []), ("30%", ["group", "neuron"])):
+        asked = wish(budget, spread="ends")
+        plan = make_plan(small(), scores(small(), 7), asked)
+        assert unprotected(small(), plan, asked) == expected
+        assert unprotected(small(), plan, wish(budget, spread="across")) == []
 
 
 def test_loss_by_axis_by_hand() -> None:

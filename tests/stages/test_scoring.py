@@ -164,6 +164,13 @@ def test_magnitude_sums_every_tensor_of_a_unit(subject: Subject) -> None:
     assert found["channel"].shape == (C,)
 
 
+def test_magnitude_in_bf16_adds_up_in_fp32(subject: Subject) -> None:
+    subject.model.to(torch.bfloat16)
+    coarse = table(subject, "magnitude", ("neuron",))["neuron"]
+    subject.model.float()
+    assert torch.equal(coarse, table(subject, "magnitude", ("neuron",))["neuron"])
+
+
 def test_activation_is_what_flows_into_the_output_projections(subject: Subject) -> None:
     seen: dict[str, list[Tensor]] = {}
     handles = [
@@ -474,6 +481,11 @@ def test_criteria_are_chosen_by_axis() -> None:
     assert reads_text(chosen)
     assert not reads_text(choose("magnitude", ALL, {}, {}))
     assert choose("taylor", ("layer",), {}, {})["layer"].criterion.name == "taylor"
+
+
+def test_a_criterion_for_an_axis_that_is_not_cut_is_refused() -> None:
+    with pytest.raises(SettingsError, match="a criterion for layers"):
+        choose("taylor", ("neuron", "group"), {"layer": "perplexity"}, {})
 
 
 def test_what_cannot_be_chosen() -> None:

@@ -1,7 +1,7 @@
 """What stays: the indices of kept units, layer by layer. Plain data; prints, diffs, saves, re-applies anywhere.
 
 What this gives up: a plan says nothing of weights, so it fits any checkpoint of the same shape, also a wrong one;
-`model` names the one it was made for.
+`made_by["scores"]["model"]` is the fingerprint of the one it was made for.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow.artifacts.family import Unit
-from regrow.errors import BrokenModel
+from regrow.errors import BrokenModel, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,17 @@ class Scores:
         return bool(self.made_by["criteria"][unit]["comparable"])
 
     def save(self, path: Path) -> None:
+        """Raises `OutputError` when the file cannot be written."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {name: value.contiguous() for name, value in self.table.items()}
-        save_file(tensors, path, metadata={"made_by": json.dumps(dict(self.made_by))})
+        try:
+            save_file(tensors, path, metadata={"made_by": json.dumps(dict(self.made_by))})
+        except (SafetensorError, OSError) as error:
+            raise OutputError(
+                f"scores cannot be written to {path}: {error}", "a writable folder with room", "make room there"
+            ) from error
 
     @staticmethod
     def load(path: Path) -> Scores:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regrow.artifacts.family import Cut, Family, Unit, evaluate
+from regrow.artifacts.family import UNITS, Cut, Family, Unit, evaluate
 
 KV_BYTES = 2  # a cached key or value is stored in 16 bits
 
@@ -225,3 +225,18 @@ def even(anatomy: Anatomy, totals: Mapping[Unit, int]) -> Shape:
         strict=True,
     )
     return Shape(totals.get("channel", anatomy.sizes["C"]), tuple(LayerShape(*row) for row in rows))
+
+
+def loss_by_axis(anatomy: Anatomy, shape: Shape) -> dict[str, float]:
+    """The split that was realised: share of the units of each kind that is gone."""
+    dense, layers = anatomy.dense, len(shape.layers)
+    gone: dict[str, float] = {
+        "layer": 1 - layers / len(dense.layers),
+        "group": 1 - sum(x.groups for x in shape.layers) / (layers * anatomy.sizes["K"]),
+        "head": 1
+        - sum(x.heads for x in shape.layers if x.groups)
+        / (sum(bool(x.groups) for x in shape.layers) * anatomy.sizes["G"] or 1),
+        "neuron": 1 - sum(x.neurons for x in shape.layers) / (layers * anatomy.sizes["F"]),
+        "channel": 1 - shape.channels / dense.channels,
+    }
+    return {unit: round(gone[unit], 4) for unit in UNITS}

@@ -7,9 +7,11 @@ their squares. What this gives up: criteria that must see two tensors of a unit 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrow.artifacts.family import UNITS, Unit
@@ -72,6 +74,7 @@ class Criterion:
     options: dict[str, Any]  # keyword arguments of the function and their defaults
     comparable: bool  # scores of different layers share one scale
     layers_by: str  # the criterion that scores layers when this one does not
+    code: str  # 16 hex digits of the file it stands in: scores of another version are other scores
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "regrow.criteria")
@@ -90,6 +93,10 @@ def criterion(
     unknown = {sees} - set(get_args(Sees)) | set(units) - set(UNITS)
     if unknown:
         raise TypeError(f"a criterion cannot see or score {sorted(unknown)}: {get_args(Sees)}, {UNITS}")
+    if sees in ("angles", "removal") and tuple(units) != ("layer",):
+        raise TypeError(f"{sees} are of whole layers: say units=('layer',)")
+    if sees == "flow" and "layer" in units:
+        raise TypeError("nothing flows at one place for a whole layer: leave 'layer' out of units, or see angles")
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         name = function.__name__.replace("_", "-")
@@ -103,8 +110,20 @@ def criterion(
                     "and a type, so that it can be checked"
                 )
         options = {parameter.name: parameter.default for parameter in parameters}
+        if sees == "flow" and options.get("sequence") not in get_args(Reduction):
+            raise TypeError(
+                f"criterion {name!r} sees flow: give it an option 'sequence: Reduction = \"mean\"', which says how a "
+                "sequence is reduced before it is shown"
+            )
         about = function.__doc__.strip().splitlines()[0]
-        CRITERIA.add(name, Criterion(name, sees, units, paper, about, function, options, comparable, layers_by))
+        code = _code(function)
+        CRITERIA.add(name, Criterion(name, sees, units, paper, about, function, options, comparable, layers_by, code))
         return function
 
     return register
+
+
+def _code(function: Callable[..., torch.Tensor]) -> str:
+    path = Path(function.__code__.co_filename)
+    text = path.read_bytes() if path.is_file() else function.__code__.co_code
+    return hashlib.sha256(text).hexdigest()[:16]

@@ -101,13 +101,17 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def show_report(report: Report) -> None:
-    """Before and after, side by side."""
+    """Before and after, side by side, and how much of the zero-shot score is left."""
+    from regrow.page.headline import retained
+
     rows = []
     for name, before in report.before.items():
         after = report.after.get(name)
         share = f"{after.value / before.value:.3f}" if after and before.value else ""
         rows.append([name, figure(before), figure(after), share])
     table("; ".join(report.notes[:1]), ["measure", "before", "after", "after / before"], rows)
+    if left := retained(report):
+        print(f"retained: {left}")
     for note in report.notes[1:]:
         print(f"note: {note}")
 

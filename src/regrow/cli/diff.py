@@ -15,7 +15,7 @@ from regrow.errors import InputError
 Path_ = Annotated[Path, typer.Argument(help="a plan.json, a report.json, or a folder regrow wrote")]
 
 
-def diff(one: Path_, other: Path_, as_json: o.Json = False) -> None:
+def diff(one: Path_, other: Path_, _seed: o.NoSeed = None, as_json: o.Json = False, quiet: o.Quiet = False) -> None:
     """Compare two plans (units kept by one only) or two reports (their measures after)."""
     first, second = (read(p / "report.json" if p.is_dir() else p) for p in (one, other))
     if ("layers" in first) != ("layers" in second):
@@ -23,7 +23,7 @@ def diff(one: Path_, other: Path_, as_json: o.Json = False) -> None:
     rows, columns = plans(first, second) if "layers" in first else reports(first, second)
     if as_json:
         console.emit({"columns": columns, "rows": rows})
-    else:
+    elif not quiet:
         console.table("", columns, rows)
 
 

@@ -23,6 +23,7 @@ def estimate(
     gflops: Annotated[
         float | None, typer.Option(help="speed to reckon with; measured for a second unless given")
     ] = None,
+    _seed: o.NoSeed = None,
     trust_remote_code: o.Trust = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -44,7 +45,7 @@ def estimate(
 
     found: dict[str, Any] = dry_run(settings, gflops=gflops, trust_remote_code=trust_remote_code)
     if not quiet:
-        print(f"shape: {found['shape_text']}")
+        print(f"shape: {found['shape_text']}\nloads as: {found['loads_as']}")
         rows = [[k.replace("_", " "), f"{found['before'][k]:,}", f"{found['after'][k]:,}"] for k in found["before"]]
         console.table("", ["count", "before", "after"], rows)
         stages = [

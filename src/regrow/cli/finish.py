@@ -39,14 +39,7 @@ def pages(report: Report, plan: Plan, scores: Scores, recipe: str) -> Mapping[st
     from regrow.page.card import model_card
     from regrow.page.page import render
 
-    base = str(report.model.get("asked", report.model["id"]))
-    card = model_card(
-        report,
-        base_model=base,
-        licence=str(report.model.get("licence", "unknown")),
-        load_code=load_code(report, "THIS_FOLDER"),
-        recipe=recipe,
-    )
+    card = model_card(report, load_code=load_code(report, "THIS_FOLDER"), recipe=recipe)
     return {"report.html": render(report, plan, tables(scores), recipe), "README.md": card}
 
 

@@ -9,7 +9,11 @@ from regrow.cli import options as o
 
 
 def inspect(
-    model: o.Model, trust_remote_code: o.Trust = False, as_json: o.Json = False, quiet: o.Quiet = False
+    model: o.Model,
+    _seed: o.NoSeed = None,
+    trust_remote_code: o.Trust = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Shape, counts and memory of a model, from its configuration alone; where it will load."""
     console.hush()
@@ -17,13 +21,13 @@ def inspect(
     from regrow.engines.bind import bind_any
     from regrow.engines.checkpoint import locate, notes, read_config
 
-    folder = locate(model)
+    folder = locate(model, weights=False)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     anatomy, shape = bind_any(config)
     counts = costs(anatomy, shape).to_json()
     exports = where_it_loads(config.model_type, shape.uniform)
     data: dict[str, Any] = {
-        "model": notes(folder),
+        "model": notes(folder, model),
         "model_type": config.model_type,
         "family": anatomy.family.name,
         "shape": shape.to_json(),
@@ -41,7 +45,7 @@ def inspect(
 
 
 def where_it_loads(model_type: str, uniform: bool) -> dict[str, str]:
-    """What is known of each runtime; docs/ecosystem notes tell what was run."""
+    """What is known of each runtime; only transformers was run."""
     if model_type.startswith("regrow_"):
         return {
             "transformers": "AutoModelForCausalLM with trust_remote_code=True",

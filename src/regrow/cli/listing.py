@@ -15,7 +15,9 @@ Rows = list[list[str]]
 
 def ls(
     kind: Annotated[str, typer.Argument(help="criteria, families, spreads, recipes, tasks or units")] = "all",
+    _seed: o.NoSeed = None,
     as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """List criteria, families, spreads, recipes, tasks or units."""
     kinds = {
@@ -34,9 +36,9 @@ def ls(
         console.emit(
             {n: [dict(zip(columns, row, strict=True)) for row in rows] for n, (columns, rows) in found.items()}
         )
-        return
-    for name, (columns, rows) in found.items():
-        console.table(name, columns, rows)
+    elif not quiet:
+        for name, (columns, rows) in found.items():
+            console.table(name, columns, rows)
 
 
 def criteria() -> Rows:

@@ -11,8 +11,9 @@ from regrow.errors import InputError, SettingsError
 
 Model = Annotated[str, typer.Argument(help="a hub id, a local folder, or demo")]
 Json = Annotated[bool, typer.Option("--json", help="the last line of output is one JSON document")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no table")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no table; with --json the document alone")]
 Seed = Annotated[int | None, typer.Option(help="of every random choice")]
+NoSeed = Annotated[int | None, typer.Option("--seed", help="accepted everywhere; nothing here is random")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps")]
 Dtype = Annotated[str | None, typer.Option(help="what to compute in: fp32, bf16, fp16")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def show(
     what: Annotated[str, typer.Argument(help="a folder regrow wrote, a plan.json, a report.json, or a recipe's name")],
+    _seed: o.NoSeed = None,
     as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Print a plan, a report or a recipe."""
     from regrow.artifacts.plan import Plan
@@ -26,24 +28,25 @@ def show(
     from regrow.settings import find_recipe, read_recipe, recipe_names
 
     if what in recipe_names():
-        text = find_recipe(what).read_text()
-        console.emit(read_recipe(find_recipe(what))) if as_json else print(text, end="")
+        recipe = find_recipe(what)
+        if as_json:
+            console.emit(read_recipe(recipe))
+        elif not quiet:
+            print(recipe.read_text(encoding="utf-8"), end="")
         return
     path = Path(what)
     data = read(path / "report.json" if path.is_dir() else path)
     artifact = Plan.from_json(data) if "layers" in data else Report.from_json(data)
     if as_json:
         console.emit(data)
-    elif isinstance(artifact, Plan):
-        show_plan(artifact)
-    else:
-        console.show_report(artifact)
+    elif not quiet:
+        show_plan(artifact) if isinstance(artifact, Plan) else console.show_report(artifact)
 
 
 def read(path: Path) -> dict[str, object]:
     """The JSON of an artifact. Raises `InputError` when there is none."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} is no artifact: {error}",

@@ -22,8 +22,12 @@ def perplexity(sight: Sight) -> torch.Tensor:
     return sight.removal
 
 
-@criterion(sees="angles", paper="arXiv:2408.11796 (Minitron in practice)", units=("layer",), comparable=True)
+@criterion(sees="angles", paper="arXiv:2403.17887 (Gromov et al.)", units=("layer",), comparable=True)
 def contiguous(sight: Sight) -> torch.Tensor:
-    """1 - mean cosine between the streams at the two ends of every run of layers; the cheapest run goes as one."""
+    """1 - mean cosine between the streams at the two ends of every run of layers; the cheapest run goes as one.
+
+    The paper takes the angle at the last token; this is the mean over all tokens, as in block influence. Minitron in
+    practice (arXiv:2408.11796) removes a run too, but chooses it by a task's score, which is not done here.
+    """
     assert sight.angles is not None  # (L+1, L+1)
     return (1 - sight.angles).triu()[:-1]  # (L, L+1): [i, j] = cost of removing layers i..j-1

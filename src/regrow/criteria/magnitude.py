@@ -8,7 +8,7 @@ import torch
 from regrow.artifacts.sight import Sight, criterion
 
 
-@criterion(sees="weight", paper="arXiv:2305.11627 (LLM-Pruner, l1 and l2)", layers_by="magnitude")
+@criterion(sees="weight", paper="arXiv:2305.11627 (LLM-Pruner, l1 and l2)")
 def magnitude(sight: Sight, power: int = 2) -> torch.Tensor:
     """Sum of |w|^power over the unit's weights."""
     assert sight.weight is not None  # (units, width, rest)

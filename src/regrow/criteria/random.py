@@ -8,7 +8,7 @@ import torch
 from regrow.artifacts.sight import Sight, criterion
 
 
-@criterion(sees="nothing", paper="-", comparable=True, layers_by="random")
+@criterion(sees="nothing", paper="-", comparable=True)
 def random(sight: Sight) -> torch.Tensor:
     """Uniform noise from the run's seed."""
     return torch.rand(sight.units, generator=torch.Generator().manual_seed(sight.seed))  # (units,)

@@ -11,7 +11,7 @@ from regrow.artifacts.sight import Sight, criterion
 PAPER = "arXiv:2305.11627 (LLM-Pruner)"
 
 
-@criterion(sees="grad", paper=PAPER + " param_first", comparable=True, layers_by="taylor")
+@criterion(sees="grad", paper=PAPER + " param_first", comparable=True)
 def taylor(sight: Sight) -> torch.Tensor:
     """Sum of |w g| over the unit's weights (param_first)."""
     assert sight.weight is not None  # (units, width, rest)
@@ -19,7 +19,7 @@ def taylor(sight: Sight) -> torch.Tensor:
     return (sight.weight * sight.grad).abs().sum((1, 2))  # (units,)
 
 
-@criterion(sees="grad", paper=PAPER + " vectorize", comparable=True, layers_by="taylor-vectorize")
+@criterion(sees="grad", paper=PAPER + " vectorize", comparable=True)
 def taylor_vectorize(sight: Sight) -> torch.Tensor:
     """Sum over the unit's channels of |sum over the row of w g|: the derivative of the loss by the channel's gate."""
     assert sight.weight is not None
@@ -27,7 +27,7 @@ def taylor_vectorize(sight: Sight) -> torch.Tensor:
     return (sight.weight * sight.grad).sum(2).abs().sum(1)  # (units,)
 
 
-@criterion(sees="fisher", paper=PAPER + " param_second", comparable=True, layers_by="taylor-second")
+@criterion(sees="fisher", paper=PAPER + " param_second", comparable=True)
 def taylor_second(sight: Sight) -> torch.Tensor:
     """Sum of w F w over the unit's weights (param_second)."""
     assert sight.weight is not None
@@ -35,7 +35,7 @@ def taylor_second(sight: Sight) -> torch.Tensor:
     return (sight.weight.square() * sight.fisher).sum((1, 2))  # (units,)
 
 
-@criterion(sees="fisher", paper=PAPER + " param_mix", comparable=True, layers_by="taylor-mix")
+@criterion(sees="fisher", paper=PAPER + " param_mix", comparable=True)
 def taylor_mix(sight: Sight) -> torch.Tensor:
     """Sum of |w g - w F w / 2| over the unit's weights (param_mix)."""
     assert sight.weight is not None

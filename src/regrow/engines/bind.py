@@ -125,6 +125,8 @@ def why_not(family: Family, sizes: dict[str, int], unit: Unit) -> str | None:
     """Why this unit cannot be cut in this model, or None when it can."""
     if unit in family.refuses:
         return family.refuses[unit]
+    if unit != "layer" and unit not in family.cuts:
+        return f"family {family.name} declares no {unit}s"
     if unit == "head" and sizes["G"] == 1:
         return "every group is a single query head: cut groups"
     if unit == "layer" and sizes["L"] == 1:

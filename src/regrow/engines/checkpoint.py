@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from regrow.engines import hetero
 from regrow.engines.demo import demo_model
+from regrow.engines.room import give_back
 from regrow.engines.tokens import check_vocabulary
 from regrow.errors import BrokenModel, IdentityError, ModelError, OutputError, QuantisedModel
 
@@ -39,11 +40,13 @@ if TYPE_CHECKING:
 NOTES = "regrow.json"  # what regrow knows of a folder: id, licence, note on the checkpoint, base model
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits, relative to their largest, that rounding in a type may make."""
+_SMALL = ["*.json", "*.py", "*.jinja", "*.txt", "*.model", "README.md"]  # all but the weights of a hub model
+_PIECE = 2**20  # numbers of a tensor that are looked at together
 CACHE_SLACK = 10  # a cache adds up in another order
 
 
-def locate(model: str) -> Path:
-    """The local folder of `demo`, a folder, or a hub id (downloaded or cached)."""
+def locate(model: str, *, weights: bool = True) -> Path:
+    """The local folder of `demo`, a folder, or a hub id (cached or downloaded; `weights=False` spares the weights)."""
     if model == "demo":
         return demo_model()
     folder = Path(model).expanduser()
@@ -56,7 +59,8 @@ def locate(model: str) -> Path:
             )
         return folder
     try:
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.onnx", "original/*"]))
+        wanted = [*_SMALL, "model*.safetensors"] if weights else _SMALL
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model {model!r} is neither a folder here nor to be had from the hub ({type(error).__name__})",
@@ -66,9 +70,10 @@ def locate(model: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits over the configuration and every weight file."""
+    """16 hex digits over every file that decides what the model says: weights, configurations, tokenizer, template."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+    kinds = ("config.json", "generation_config.json", "*.safetensors", "tokenizer*", "*.jinja", "vocab*", "merges*")
+    for path in sorted({path for kind in kinds for path in folder.glob(kind)}):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -78,14 +83,14 @@ def notes(folder: Path, asked: str = "") -> dict[str, Any]:
     """What is known of a model: id (what was asked for, when that is a hub id), licence, a note on the checkpoint."""
     path, card = folder / NOTES, folder / "README.md"
     found = _json(path) if path.exists() else {}
-    licence = re.search(r"^license:\s*(\S+)", card.read_text(), re.MULTILINE) if card.exists() else None
+    licence = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.exists() else None
     name = folder.name if not asked or Path(asked).expanduser().is_dir() else asked
     return {"id": name, "licence": licence[1] if licence else "unknown", "note": "", **found}
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return cast("dict[str, Any]", json.loads(path.read_text()))
+        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, OSError) as error:
         raise BrokenModel(f"{path} cannot be read: {error}", "complete JSON", "download or write it again") from error
 
@@ -175,7 +180,7 @@ def read(
                 "download or write the model again",
             )
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not _finite(parameter):
             raise BrokenModel(f"{name} holds NaN or infinite weights", "finite weights", "use another checkpoint")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
@@ -189,6 +194,16 @@ def read(
     return cast("PreTrainedModel", model.to(device).eval()), tokenizer
 
 
+def _finite(weights: Tensor) -> bool:
+    """A piece at a time: the test makes copies, and an embedding is a large part of a small model."""
+    return all(bool(piece.isfinite().all()) for piece in _pieces(weights.detach()))
+
+
+def _pieces(weights: Tensor) -> Sequence[Tensor]:
+    """Views of a few rows each."""
+    return torch.split(weights, max(1, _PIECE * len(weights) // max(1, weights.numel())))
+
+
 def storage_dtype(folder: Path) -> torch.dtype:
     """What the checkpoint is stored in, and so what a cut of it is stored in."""
     data = _json(folder / "config.json")
@@ -198,9 +213,10 @@ def storage_dtype(folder: Path) -> torch.dtype:
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter to a storage type and back, in place."""
+    """Round every parameter to a storage type and back, in place, a piece at a time."""
     for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
+        for piece in _pieces(parameter):
+            piece.copy_(piece.to(dtype))
 
 
 @contextmanager
@@ -254,10 +270,15 @@ def _flush(folder: Path) -> None:
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, code: str | None
 ) -> None:
-    """Weights in `dtype`, configuration, generation settings, tokenizer, and the modelling file if there is one."""
-    weights: dict[str, Tensor] = {name: value.detach().to(dtype) for name, value in model.named_parameters()}
-    buffers = set(model.state_dict()) & {name for name, _ in model.named_buffers()}
-    weights |= {name: value for name, value in model.named_buffers() if name in buffers}
+    """Weights in `dtype`, configuration, generation settings, tokenizer, and the modelling file if there is one.
+
+    The model itself is in `dtype` afterwards: a copy in storage type beside it would be half a model more.
+    """
+    kept = set(model.state_dict())
+    buffers = {name: value for name, value in model.named_buffers() if name in kept}  # as they are
+    model.to(dtype)
+    give_back()
+    weights: dict[str, Tensor] = {name: value.detach() for name, value in model.named_parameters()} | buffers
     try:
         save_torch_state_dict(weights, folder)
     except (OSError, SafetensorError) as error:
@@ -273,7 +294,7 @@ def write(
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if code is not None:
-        (folder / hetero.CODE_FILE).write_text(code)
+        (folder / hetero.CODE_FILE).write_text(code, encoding="utf-8")
 
 
 def probe(vocab_size: int, length: int = 48) -> Tensor:  # (1, length) int64
@@ -310,6 +331,7 @@ def reread(
 ) -> PreTrainedModel:
     """Load the folder and hold it against logits from memory, then generation with a cache against without."""
     gc.collect()
+    give_back()
     model, _ = read(folder, device=device, dtype=dtype)
     check_equal("the reloaded folder and the model in memory", reference, logits(model, ids), dtype)
     cached = cached_logits(model, ids, 8)

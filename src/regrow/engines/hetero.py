@@ -219,7 +219,7 @@ def render(config: PreTrainedConfig) -> str:
         "attention_norms": repr(family.attention.norms),
         "mlp_norms": repr(family.mlp.norms),
     }
-    return Template(TEMPLATE.read_text()).substitute(values)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
 
 def _module(model_type: str) -> types.ModuleType:

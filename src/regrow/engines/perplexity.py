@@ -91,7 +91,6 @@ def score_text(
         record={
             "text": name,
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "join": "as it is",
             "seqlen": seqlen,
             "stride": seqlen,
             "bos": False,

@@ -62,11 +62,11 @@ def open_run(folder: Path, run: Mapping[str, Any], *, resume: bool) -> Path | No
         folder.mkdir(parents=True, exist_ok=True)
         start = newest(folder) if resume else None
         if start is not None:
-            _same(folder, json.loads((folder / RUN).read_text()), now)
+            _same(folder, json.loads((folder / RUN).read_text(encoding="utf-8")), now)
         for path in folder.glob("checkpoint-*"):
             if start is None or not (path / COMPLETE).exists():
                 shutil.rmtree(path)
-        (folder / RUN).write_text(json.dumps(now, indent=1))
+        (folder / RUN).write_text(json.dumps(now, indent=1), encoding="utf-8")
     except OSError as error:
         raise OutputError(
             f"the training folder {folder} cannot be written: {error}",

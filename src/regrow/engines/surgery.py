@@ -20,16 +20,16 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.shape import Tensor as Spec
 from regrow.engines.gates import Gates, LayerGates, expand, from_plan
+from regrow.engines.room import give_back
 
 
 @torch.no_grad()
 def slice_model(
-    model: nn.Module, anatomy: Anatomy, plan: Plan, gates: Gates | None = None, dtype: torch.dtype | None = None
+    model: nn.Module, anatomy: Anatomy, plan: Plan, gates: Gates | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (new name, tensor) of the cut model in the order of the intact one, emptying `model` as it goes.
 
     `gates` may be soft; units that the plan drops must be closed in them. None means binary, as the plan says.
-    `dtype` rounds each tensor to a storage type and back.
     """
     gates = from_plan(anatomy, plan) if gates is None else gates
     kept = from_plan(anatomy, plan)
@@ -47,9 +47,9 @@ def slice_model(
                 continue
         weight = _fold(weight, spec, anatomy, gates)
         weight = _select(weight, spec, anatomy, kept)
-        if dtype is not None:
-            weight = weight.to(dtype).to(parameter.dtype)
-        yield _renamed(spec, anatomy, place), weight.contiguous()
+        weight = weight.contiguous()
+        give_back()
+        yield _renamed(spec, anatomy, place), weight
 
 
 def _renamed(spec: Spec, anatomy: Anatomy, place: dict[int, int]) -> str:

@@ -72,6 +72,13 @@ def fingerprint(source: str) -> str:
     return content.hexdigest()[:16]
 
 
+def shared(text: str, documents: Iterable[Document]) -> int:
+    """How many paragraphs of `text` (of `LEAST_CHARACTERS` or more, as a .txt file is read) are among `documents`."""
+    mine = {_normalised(paragraph) for paragraph in paragraphs(text)}
+    theirs = {_normalised(piece) for document in documents for piece in paragraphs(document.text)}
+    return len({paragraph for paragraph in mine & theirs if len(paragraph) >= LEAST_CHARACTERS})
+
+
 def _normalised(text: str) -> str:
     return " ".join(text.split())
 
@@ -143,9 +150,10 @@ def _passages(domain: str) -> tuple[Document, ...]:
 # ---- local files
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
+def paragraphs(text: str) -> Iterator[str]:
+    """Blocks between blank lines; short ones join the next."""
     held = ""
-    for block in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
+    for block in re.split(r"\n\s*\n", text):
         held = f"{held}\n\n{block.strip()}" if held else block.strip()
         if len(held) >= LEAST_CHARACTERS:
             yield held
@@ -185,7 +193,7 @@ def _columns(path: Path) -> Iterator[str]:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _paragraphs,
+    ".txt": lambda path: paragraphs(path.read_text(encoding="utf-8")),
     ".jsonl": _json_lines,
     ".parquet": _columns,
 }

@@ -106,7 +106,7 @@ def train(
     goal = loss.loss if isinstance(loss, Objective) else loss
     began = time.perf_counter()
     with _as_it_was(model, settings.checkpointing):
-        arguments = _arguments(settings, settings.steps(blocks.shape[1]), folder)
+        arguments = _arguments(settings, settings.steps(blocks.shape[1]), folder, next(model.parameters()).device)
         start = open_run(folder, _identity(model, blocks, settings, groups, goal), resume=resume)
         trainer = _Loop(model, blocks, settings, goal, arguments)
         trainer.groups, trainer.heldout = groups, heldout
@@ -212,7 +212,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         """A resumed run takes back the record of its checkpoint and forgets what came after."""
         self.records = [{k: v for k, v in x.items() if k != "epoch"} for x in state.log_history if "tokens" in x]
         if state.is_world_process_zero:
-            self.track.write_text("".join(map(_line, self.records)))
+            self.track.write_text("".join(map(_line, self.records)), encoding="utf-8")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:  # noqa: ARG002
         means = self.trainer.step_means()
@@ -285,7 +285,7 @@ def _line(record: Mapping[str, float]) -> str:
     return json.dumps(record, sort_keys=True) + "\n"
 
 
-def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArguments:
+def _arguments(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch % (settings.micro_batch * world):
         raise SettingsError(
@@ -293,7 +293,7 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
             f"a batch that is a multiple of {settings.micro_batch * world}",
             "change batch or micro_batch",
         )
-    gpu = torch.cuda.is_available()
+    gpu = device.type == "cuda"
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -302,7 +302,7 @@ def _arguments(settings: TrainSettings, steps: int, folder: Path) -> TrainingArg
         max_grad_norm=settings.clip,
         seed=settings.seed,
         bf16=settings.autocast == "bf16",
-        use_cpu=not gpu,
+        use_cpu=device.type == "cpu",
         dataloader_pin_memory=gpu,
         ddp_find_unused_parameters=False,
         save_steps=settings.save_every,

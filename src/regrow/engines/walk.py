@@ -92,7 +92,7 @@ def observe(
             seen.tokens += part.numel()
             if angles:
                 rows = torch.stack(stream).flatten(1)  # (L+1, b*T*d)
-                seen.angles = (rows @ rows.T).double().cpu() + (0 if seen.angles is None else seen.angles)
+                seen.angles = (rows @ rows.T).cpu().double() + (0 if seen.angles is None else seen.angles)
                 stream.clear()
             if progress is not None:
                 progress(seen.sequences, len(blocks))
@@ -169,7 +169,7 @@ def _add(seen: Seen, wanted: list[tuple[Reduction, Site]], x: Tensor) -> None:
     done: dict[Reduction, tuple[Tensor, Tensor]] = {}
     for reduction, site in wanted:
         if reduction not in done:
-            each = _over_sequence(x, reduction).double()  # (b, n)
+            each = _over_sequence(x, reduction).cpu().double()  # (b, n)
             done[reduction] = each.sum(0), each.square().sum(0)
         total, squares = done[reduction]
         sums = seen.flow[reduction].setdefault(site, _Sums(torch.zeros_like(total), torch.zeros_like(total)))
@@ -178,10 +178,10 @@ def _add(seen: Seen, wanted: list[tuple[Reduction, Site]], x: Tensor) -> None:
 
 
 def _over_sequence(x: Tensor, reduction: Reduction) -> Tensor:
-    """(b, T, n) -> (b, n)."""
+    """(b, T, n) -> (b, n) fp32: sums over a sequence overflow in fp16 and tie in bf16."""
     if reduction == "var":
         return x.float().var(1, correction=0)
-    norm: Tensor = torch.linalg.vector_norm(x, 1 if reduction == "mean" else 2, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(x, 1 if reduction == "mean" else 2, dim=1, dtype=torch.float32)
     return norm / x.shape[1] if reduction == "mean" else norm
 
 

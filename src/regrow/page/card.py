@@ -14,6 +14,7 @@ import yaml
 from regrow.artifacts.report import Report
 from regrow.artifacts.shape import Shape
 from regrow.page.headline import asked, reached, stats, views
+from regrow.page.origin import hub_id, title
 from regrow.page.rows import NOISE_MARGIN, WORDS, Row, groups
 
 _COLUMNS = ("Measure", "Before", "After", "Unit", "After / before", "Verdict", "Samples")
@@ -29,18 +30,22 @@ def markdown_table(report: Report) -> str:
     return "\n".join([_line(_COLUMNS), "|:--|--:|--:|:--|--:|:--|--:|", *body]) + "\n"
 
 
-def model_card(report: Report, *, base_model: str, licence: str, load_code: str, recipe: str) -> str:
-    """A Hugging Face model card: front matter, what was cut, the table, how to load, how to make it again, limits."""
+def model_card(report: Report, *, load_code: str, recipe: str) -> str:
+    """A Hugging Face model card: front matter, what was cut, the table, how to load, how to make it again, limits.
+
+    The front matter names the base model only when the hub has it.
+    """
+    base = hub_id(report.model)
     front = {
-        "base_model": base_model,
-        "license": licence,
+        **({"base_model": base} if base else {}),
+        "license": str(report.model.get("licence", "unknown")),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "regrow"],
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {_plain(base_model)}, cut back and regrown",
+        f"# {_plain(title(report.model))}, cut back and regrown",
         _summary(report),
         "## What was cut",
         _cut(report),

@@ -13,7 +13,7 @@ from regrow.artifacts.budget import Budget
 from regrow.artifacts.report import Report, retention
 from regrow.errors import BudgetError
 from regrow.page.numbers import percent, quantity, short, times, unit_label
-from regrow.page.rows import pick, ratio, verdict
+from regrow.page.rows import at_chance_before, pick, ratio, verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,18 @@ def views(report: Report) -> list[View]:
     if left["gold_bits"] is not None:
         found.append(View("zero-shot left, gold bits", percent(left["gold_bits"]), "bits for the right answers"))
     return found
+
+
+def retained(report: Report) -> str:
+    """What is left of the zero-shot score, in one line; empty without tasks."""
+    left, out, said = retention(report.before, report.after), at_chance_before(report), []
+    if left["raw"] is not None:
+        aside = f" (left out, at chance from the start: {', '.join(out)})" if out else ""
+        said.append(f"{percent(left['raw'])} of the zero-shot accuracy")
+        said.append(f"{percent(left['above_chance'])} corrected for chance{aside}")
+    if left["gold_bits"] is not None:
+        said.append(f"{percent(left['gold_bits'])} by gold bits")
+    return ", ".join(said)
 
 
 def asked(made_by: Mapping[str, Any]) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
@@ -18,9 +20,11 @@ from regrow.page.curve import curve
 from regrow.page.headline import asked, reached, stats, views
 from regrow.page.heat import LEVELS, maps
 from regrow.page.layers import draw
+from regrow.page.origin import shown, title
 from regrow.page.record import lines, records, stage_times
 from regrow.page.rows import NOISE_MARGIN, WORDS, groups
 
+_MODELS = ("id", "asked", "model", "base_model")  # entries of a report that name a model
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -35,16 +39,18 @@ def render(
     plan: Plan | None,
     scores: Mapping[str, Sequence[Sequence[float]]] | None,
     recipe: str | None,
+    drawn: Markup | None = None,
 ) -> str:
     """The whole page. `scores`: by kind of unit a row a layer, or one row for channels and whole layers.
 
-    A table of `Scores` turns into such rows by `tensor.reshape(-1, tensor.shape[-1]).tolist()`.
+    A table of `Scores` turns into such rows by `tensor.reshape(-1, tensor.shape[-1]).tolist()`. Without scores, `drawn`
+    holds maps of an earlier page (`drawn_maps`).
     """
     before, after = _shapes(report)
     named = report.made_by.get("recipe")
     return _ENVIRONMENT.get_template("page.html").render(
         model=report.model,
-        title=str(report.model.get("id", "a model")),
+        title=title(report.model),
         asked=asked(report.made_by),
         reached=reached(report),
         recipe_name=named if isinstance(named, str) else "",
@@ -57,18 +63,31 @@ def render(
         after=after,
         shape=draw(before, after, plan) if before and after else None,
         maps=maps(scores, plan),
+        drawn=drawn,
         planned=plan is not None,
         levels=range(LEVELS),
         curve=curve(report.training),
         samples=report.samples,
-        made_by=list(lines(report.made_by)),
-        source=list(lines({key: value for key, value in report.model.items() if key != "note"})),
+        made_by=list(lines(_without_paths(report.made_by))),
+        source=list(lines({key: value for key, value in _without_paths(report.model).items() if key != "note"})),
         machine=list(lines(report.machine)),
         records=records(report),
         stages=stage_times(report.stages),
         notes=report.notes,
         recipe=recipe,
     )
+
+
+def drawn_maps(page: str) -> Markup | None:
+    """The section of importance maps of a page that `render` made; None when it has none."""
+    _, begin, rest = page.partition('<section id="importance">')
+    inside, end, _ = rest.partition("</section>")
+    return Markup(begin + inside + end) if end else None
+
+
+def _without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with folders of models called by their names."""
+    return {k: shown(v) if k in _MODELS and isinstance(v, str) else v for k, v in record.items()}
 
 
 def _shapes(report: Report) -> tuple[Shape | None, Shape | None]:

@@ -98,6 +98,12 @@ def at_chance(measure: Measure | None) -> bool:
     return measure.value - measure.chance <= CHANCE_MARGIN * (measure.stderr or 0.0)
 
 
+def at_chance_before(report: Report) -> list[str]:
+    """Tasks that the intact model answers no better than by guessing, so that nothing of them can be retained."""
+    scored = {path: measure for path, measure in report.before.items() if path in report.after}
+    return [path.split("/")[1] for path, m in scored.items() if _group(path, scored) == _ACCURACY and at_chance(m)]
+
+
 def ratio(before: Measure | None, after: Measure | None) -> float | None:
     """after / before, where both are above zero."""
     if before is None or after is None or before.value <= 0 or after.value < 0:

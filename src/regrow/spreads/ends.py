@@ -1,6 +1,7 @@
-"""The first and last layers stay whole; the rest share the cut equally.
+"""The first and last of the layers that stay keep all their units; the rest share the cut equally.
 
-What this gives up: when the budget is below what the protected layers weigh, nothing is protected.
+What this gives up: whether a layer goes as a whole is decided by its score alone; and when the budget is below what the
+protected layers weigh, nothing is protected (the report says so).
 """
 
 from regrow.artifacts.ask import Ask, spread

@@ -6,14 +6,21 @@ What this gives up: the intact model, and going on when the two differ, however 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from regrow.artifacts.plan import Plan
+from regrow.artifacts.shape import Anatomy
 from regrow.engines import checkpoint
-from regrow.engines.bind import Subject
+from regrow.engines.bind import Subject, bind
 from regrow.engines.gates import from_plan, gated
 from regrow.engines.hetero import Holder, build, holder
+from regrow.engines.room import give_back
 from regrow.engines.surgery import slice_model
+
+PROOF_LAYERS, PROOF_WORDS = 2, 256  # of the random model that stands in for one in 16 bits
 
 
 @dataclass(slots=True)
@@ -28,19 +35,53 @@ class Cut:
 def apply(subject: Subject, plan: Plan) -> Cut:
     """Cut the model; `subject.model` is consumed. Weights end rounded to the storage type.
 
-    Raises `IdentityError` when masked and sliced logits differ by more than 1e-5 of their scale (more in 16 bits).
+    Raises `IdentityError` when masked and sliced logits differ by more than 1e-5 of their scale. In 16 bits rounding
+    hides more than that, so there a random fp32 model of the same class is cut first, and held to the same.
     """
     plan.check(subject.anatomy)
-    model, anatomy = subject.model, subject.anatomy
+    if subject.model.dtype != torch.float32:
+        prove(subject.model, subject.anatomy, plan)
+    generation = subject.model.generation_config
+    cut, found, difference = _sliced(subject.model, subject.anatomy, plan)
+    cut.generation_config = generation
+    checkpoint.round_to(cut, subject.store)
+    subject.model = cut
+    gc.collect()
+    give_back()
+    return Cut(subject, found, difference)
+
+
+def prove(model: Any, anatomy: Anatomy, plan: Plan) -> float:
+    """Cut a random fp32 model of the class of `model`, with its widths, `PROOF_LAYERS` layers and a few words.
+
+    Returns the difference of masked and sliced logits; raises `IdentityError` above 1e-5 of their scale.
+    """
+    everything, few = Plan.everything(anatomy), plan.layers[:PROOF_LAYERS]
+    whole = replace(everything, layers=tuple(everything.layers[layer.index] for layer in few))
+    config = holder(model.config, anatomy, whole).config
+    config.vocab_size, config.pad_token_id, config.dtype = PROOF_WORDS, None, torch.float32
+    twin = _random(type(model), config)
+    kept = replace(plan, layers=tuple(replace(layer, index=place) for place, layer in enumerate(few)))
+    return _sliced(twin, bind(config), kept)[2]
+
+
+def _random(kind: Any, config: Any) -> Any:
+    """A model whose gains and biases are random too: fresh ones are 1 and 0, and hide what is done to them."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = kind(config).float().eval()
+        for parameter in model.parameters():
+            spread = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.randn_like(parameter) * spread + (parameter if parameter.dim() == 1 else 0))
+    return model
+
+
+def _sliced(model: Any, anatomy: Anatomy, plan: Plan) -> tuple[Any, Holder, float]:
+    """The cut model, what holds it, and how far its logits are from those of the intact one with units shut."""
     ids = checkpoint.probe(anatomy.sizes["V"])
     with gated(model, anatomy, from_plan(anatomy, plan)):
         masked = checkpoint.logits(model, ids)
     found = holder(model.config, anatomy, plan)
-    generation = model.generation_config
     cut = build(found.config, dict(slice_model(model, anatomy, plan)))
-    cut.generation_config = generation
     difference = checkpoint.check_equal("masked and sliced logits", masked, checkpoint.logits(cut, ids), model.dtype)
-    checkpoint.round_to(cut, subject.store)
-    subject.model = cut
-    gc.collect()
-    return Cut(subject, found, difference)
+    return cut, found, difference

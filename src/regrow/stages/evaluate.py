@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ def check_asked(settings: Evaluate) -> None:
 def check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Evaluate) -> None:
     """Raise `TextError` now for a text that does not fill one block."""
     if settings.text is not None:
-        _, text = read_text(settings.text)
+        _, text, _ = read_text(settings.text)
         text_blocks(text, tokenizer, seqlen=_seqlen(model, settings), max_tokens=settings.max_tokens)
 
 
@@ -76,7 +77,7 @@ def measure_text(
 ) -> dict[str, Measure]:
     """`text/NAME/perplexity` and `text/NAME/bits_per_byte`."""
     assert settings.text is not None
-    name, text = read_text(settings.text)
+    name, text, origin = read_text(settings.text)
     score = score_text(
         model,
         tokenizer,
@@ -86,6 +87,7 @@ def measure_text(
         max_tokens=settings.max_tokens,
         progress=progress,
     )
+    record = {**score.record, **origin}
     return {
         f"text/{name}/perplexity": Measure(
             score.perplexity,
@@ -93,7 +95,7 @@ def measure_text(
             "lower",
             score.perplexity_stderr,
             score.tokens,
-            how=score.record,
+            how=record,
             each=score.losses,
         ),
         f"text/{name}/bits_per_byte": Measure(
@@ -102,7 +104,7 @@ def measure_text(
             "lower",
             score.bits_per_byte_stderr,
             score.tokens,
-            how=score.record,
+            how=record,
             each=score.losses,
         ),
     }
@@ -113,17 +115,24 @@ def _seqlen(model: PreTrainedModel, settings: Evaluate) -> int:
     return min(settings.seqlen, getattr(model.config, "max_position_embeddings", settings.seqlen))
 
 
-def read_text(source: str) -> tuple[str, str]:
-    """(name, text): a file as it is, or the held-out documents of a source of several, joined by blank lines."""
+def read_text(source: str) -> tuple[str, str, dict[str, Any]]:
+    """(name, text, where it is from): a file as it is, or the held-out documents of a source, in a fixed random order.
+
+    Sources list one domain after the other; shuffled, the first tokens are of all of them.
+    """
     path = Path(source)
     if path.is_file():
         try:
-            return path.name, path.read_text()
+            return path.name, path.read_text(encoding="utf-8"), {"split": "the whole file", "join": "as it is"}
         except UnicodeDecodeError as error:
             raise TextError(
                 f"{path} is not text ({error.reason})", "a UTF-8 text file", "convert it to UTF-8"
             ) from error
-    return f"{source.replace('/', '-')} held out", "\n\n".join(d.text for d in documents(source, "heldout"))
+    found = documents(source, "heldout")
+    Random(0).shuffle(found)
+    domains = sorted({document.domain for document in found})
+    origin = {"split": "held out", "join": "blank lines", "documents": len(found), "domains": domains}
+    return f"{source.replace('/', '-')} held out", "\n\n".join(document.text for document in found), origin
 
 
 def sizes(anatomy: Anatomy, shape: Shape) -> dict[str, Measure]:
@@ -144,12 +153,12 @@ def write_samples(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[
     """Greedy continuations, through the chat template where the tokenizer has one and the prompt is a question."""
     found = []
     for prompt in prompts:
-        if tokenizer.chat_template and prompt.rstrip().endswith("?"):
-            chat = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        else:
-            text = prompt
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+        chat = tokenizer.chat_template and prompt.rstrip().endswith("?")
+        text = prompt
+        if chat:
+            messages = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids.to(model.device)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         mask = torch.ones_like(ids)
         out = model.generate(

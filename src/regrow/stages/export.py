@@ -29,9 +29,9 @@ def export(
     device, dtype = str(subject.model.device), subject.model.dtype
     with checkpoint.staged(out) as folder:
         checkpoint.write(subject.model, subject.tokenizer, folder, subject.store, holder.code)
-        (folder / "plan.json").write_text(json.dumps(plan.to_json()))
-        (folder / checkpoint.NOTES).write_text(json.dumps(dict(base), indent=1))
+        (folder / "plan.json").write_text(json.dumps(plan.to_json()), encoding="utf-8")
+        (folder / checkpoint.NOTES).write_text(json.dumps(dict(base), indent=1), encoding="utf-8")
         for name, text in files.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
         del subject.model
         subject.model = checkpoint.reread(folder, reference, ids, device, dtype)

@@ -5,6 +5,7 @@ What this gives up: one device holds the whole model.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,13 +30,14 @@ def load(model: str, *, dtype: str = "fp32", device: str = "auto", trust_remote_
     config = checkpoint.read_config(folder, trust_remote_code=trust_remote_code)
     if config.model_type.startswith(PREFIX):
         raise UnsupportedModel(
-            f"{model} was cut before and its layers differ in width",
-            "models whose layers are alike",
+            f"{model} was cut before, into a shape that no stock configuration takes",
+            "models of a stock class, whose layers are alike",
             "cut its base model again with a smaller budget, or make the first cut with --uniform",
         )
     anatomy = bind(config)
     loaded, tokenizer, source = read_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return Subject(loaded, tokenizer, anatomy, source, checkpoint.storage_dtype(folder))
+    store = min(checkpoint.storage_dtype(folder), as_dtype(dtype), key=lambda kind: kind.itemsize)
+    return Subject(loaded, tokenizer, replace(anatomy, store_bytes=store.itemsize), source, store)
 
 
 def read_model(

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from regrow.artifacts.ask import SPREADS, Ask
 from regrow.artifacts.budget import Budget
-from regrow.artifacts.family import UNITS, Unit
+from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import Anatomy, Shape, even
+from regrow.artifacts.shape import Anatomy, even
+from regrow.engines.bind import why_not
 from regrow.errors import BudgetError, InputError, SettingsError
 
 FINEST: tuple[Unit, ...] = ("neuron", "channel", "head", "group", "layer")  # smallest unit first
@@ -48,12 +49,30 @@ def check_wish(anatomy: Anatomy, wish: Wish) -> None:
     SPREADS.get(wish.spread)
     for unit in wish.axes:
         if unit not in anatomy.supported:
-            why = anatomy.family.refuses.get(unit, "every group is a single query head: cut groups")
             raise InputError(
-                f"{unit}s of this {anatomy.model_type} model cannot be cut: {why}",
+                f"{unit}s of this {anatomy.model_type} model cannot be cut: "
+                f"{why_not(anatomy.family, dict(anatomy.sizes), unit)}",
                 f"axes: {', '.join(anatomy.supported)}",
                 "name other --axes",
             )
+    for name, named in (("split", wish.split), ("divisors", wish.divisors)):
+        for unit in named:
+            if unit not in wish.axes:
+                raise SettingsError(
+                    f"{name} names {unit}s, which are not among the axes of this cut",
+                    f"axes: {', '.join(wish.axes)}",
+                    f"add {unit} to --axes, or leave it out of {name}",
+                )
+    if not any(wish.split.get(unit, 1.0) for unit in wish.axes):
+        raise SettingsError(
+            f"a split in which {', '.join(wish.axes)} lose nothing", "at least one share above 0", "correct the split"
+        )
+    if wish.rescale_norms and "channel" not in wish.axes:
+        raise SettingsError(
+            "rescale_norms in a cut without channels",
+            "only cuts of the hidden width change what norms average over",
+            "add channel to --axes, or leave rescale_norms out",
+        )
     for unit, divisor in wish.divisors.items():
         width = _full(anatomy, unit, layers=1)
         if divisor > width:
@@ -344,26 +363,30 @@ def _best(scores: Tensor, keep: int) -> tuple[int, ...]:
     return tuple(sorted(scores.argsort(descending=True, stable=True)[:keep].tolist()))
 
 
+def _spread_said(wish: Wish) -> str:
+    if not {"group", "head", "neuron"} & set(wish.axes):
+        return "none: whole layers and channels have no share of layers"
+    return "uniform widths" if wish.uniform else wish.spread
+
+
+def unprotected(anatomy: Anatomy, plan: Plan, wish: Wish) -> list[Unit]:
+    """Kinds of units that the spread `ends` had to take from the end layers too, because the budget is so small."""
+    if wish.uniform or wish.spread != "ends":
+        return []
+    first = plan.layers[0]
+    kept: dict[Unit, int] = {
+        "group": len(first.groups),
+        "head": len(first.heads) // max(len(first.groups), 1) * anatomy.sizes["K"],
+        "neuron": len(first.neurons),
+    }
+    return [unit for unit, count in kept.items() if unit in wish.axes and count < anatomy.units(unit)]
+
+
 def _record(scores: Scores, wish: Wish) -> dict[str, Any]:
     return {
         "budget": wish.budget.text,
         "axes": list(wish.axes),
         "split": {unit: wish.split.get(unit, 1.0) for unit in wish.axes},
-        "spread": "uniform widths" if wish.uniform else wish.spread,
+        "spread": _spread_said(wish),
         "scores": dict(scores.made_by),
     }
-
-
-def loss_by_axis(anatomy: Anatomy, shape: Shape) -> dict[str, float]:
-    """The split that was realised: share of the units of each kind that is gone."""
-    dense, layers = anatomy.dense, len(shape.layers)
-    gone: dict[str, float] = {
-        "layer": 1 - layers / len(dense.layers),
-        "group": 1 - sum(x.groups for x in shape.layers) / (layers * anatomy.sizes["K"]),
-        "head": 1
-        - sum(x.heads for x in shape.layers if x.groups)
-        / (sum(bool(x.groups) for x in shape.layers) * anatomy.sizes["G"] or 1),
-        "neuron": 1 - sum(x.neurons for x in shape.layers) / (layers * anatomy.sizes["F"]),
-        "channel": 1 - shape.channels / dense.channels,
-    }
-    return {unit: round(gone[unit], 4) for unit in UNITS}

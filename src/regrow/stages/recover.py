@@ -36,12 +36,14 @@ def recover(
     `folder` holds checkpoints: an interrupted recovery goes on where it stopped.
     """
     model: Any = subject.model
+    device, dtype = model.device, model.dtype
     lora = settings.method == "lora"
     if lora:
         model = add_lora(model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed)
     result = train(model, blocks, as_train(settings, seed), folder=folder, heldout=heldout, progress=progress)
     subject.model = merge(model) if lora else model.eval()
     checkpoint.round_to(subject.model, subject.store)
+    subject.model.to(device=device, dtype=dtype)  # the trainer moves models, and adapters are merged in fp32
     return result
 
 

@@ -23,6 +23,7 @@ from regrow.artifacts.sight import CRITERIA, Criterion, Reduction, Sight
 from regrow.engines.bind import Subject
 from regrow.engines.gradients import gradients
 from regrow.engines.removal import loss_without_layers
+from regrow.engines.room import give_back
 from regrow.engines.walk import Seen, flow_sites, observe
 from regrow.errors import InputError, SettingsError
 
@@ -58,6 +59,13 @@ def choose(
     Raises `InputError` when a criterion cannot score a unit, `SettingsError` for an unknown option.
     """
     main = CRITERIA.get(name)
+    for unit in overrides:
+        if unit not in axes:
+            raise SettingsError(
+                f"a criterion for {unit}s, which are not among the axes of this cut",
+                f"axes: {', '.join(axes)}",
+                f"add {unit} to --axes, or leave its criterion out",
+            )
     named = {unit: CRITERIA.get(other) for unit, other in overrides.items()}
     chosen: dict[Unit, Choice] = {}
     for unit in axes:
@@ -162,7 +170,7 @@ class _Bench:
             elif choice.criterion.sees == "weight":
                 with torch.no_grad():
                     for spec in self.anatomy.tensors:
-                        self.tensor(unit, spec, self.model.get_parameter(spec.name), None, None)
+                        self.tensor(unit, spec, self.model.get_parameter(spec.name).float(), None, None)
 
     def tensor(self, unit: Unit, spec: Spec, weight: Tensor, grad: Tensor | None, fisher: Tensor | None) -> None:
         """Show one tensor to the criterion of `unit`, once for every run of units in it."""
@@ -174,6 +182,7 @@ class _Bench:
             assert views[0] is not None
             sight = Sight(unit, len(views[0]), weight=views[0], grad=views[1], fisher=views[2])
             self.add((unit, layer), sight)
+        give_back()
 
     def flow(self, blocks: Tensor, progress: Progress | None) -> None:
         wanted: dict[Reduction, tuple[Unit, ...]] = {}
