@@ -1,13 +1,15 @@
 """What every bench writes: one JSON with the command, machine, versions, seeds and rows; partial runs go on.
 
-A row has a key; a key that is there is not measured again. The file is replaced whole after every row, under a lock
-and with the rows that another process has added meanwhile, so several may share one bench.
+A row has a key; a key that is there is not measured again, unless the command says `--fresh`. Each row carries when, by
+which commit and in how many threads it was measured. The file is replaced whole after every row, under a lock and with
+the rows that another process has added meanwhile, so several may share one bench.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from typing import Any
 from regrow.engines.clock import machine
 
 RESULTS = Path(__file__).with_name("results")
+FRESH = "--fresh" in sys.argv
+sys.argv = [word for word in sys.argv if word != "--fresh"]
 
 
 class Ledger:
@@ -25,6 +29,8 @@ class Ledger:
 
     def __init__(self, name: str, about: str, **settings: Any) -> None:
         self.path = RESULTS / f"{name}.json"
+        if FRESH:
+            self.path.unlink(missing_ok=True)
         old = json.loads(self.path.read_text()) if self.path.exists() else {}
         if old and old["settings"] != json.loads(json.dumps(settings)):
             sys.exit(f"{self.path} was measured with other settings: move it away to start anew\n{old['settings']}")
@@ -32,16 +38,16 @@ class Ledger:
             "bench": name,
             "about": about,
             "settings": settings,
-            "command": f"python bench/{Path(sys.argv[0]).name}",
+            "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *map(place, sys.argv[1:])]),
             "machine": machine(),
-            "commit": commit(),
             "rows": old.get("rows", {}),
         }
+        self.code = {"commit": commit(), "threads": self.data["machine"]["torch_threads"]}  # what runs, until it ends
 
     def row(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row under `key`, measured now unless it is there."""
         if key not in self.data["rows"]:
-            found = {**measure(), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+            found = {**measure(), "at": datetime.now(UTC).isoformat(timespec="seconds"), **self.code}
             self.data["rows"][key] = found
             self.save()
             print(f"{key}: {found}", flush=True)
@@ -57,6 +63,11 @@ class Ledger:
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self.data, indent=1))
             partial.replace(self.path)
+
+
+def place(word: str) -> str:
+    """An argument as it may be published: of a path, only its last part."""
+    return Path(word).name if "/" in word and Path(word).exists() else word
 
 
 def commit() -> str:

@@ -37,8 +37,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def measured(data: dict[str, Any]) -> str:
     """How a table was made, under it."""
     machine, versions = data["machine"], data["machine"]["versions"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in data["rows"].values()))
     return (
-        f"\n`{data['command']}`, commit {data['commit']}, {machine['cpu']}, {machine['cores']} cores, "
+        f"\n`{data['command']}`, commit {commits}, {machine['cpu']}, {machine['cores']} cores, "
         f"torch {versions['torch']}, transformers {versions['transformers']}.\n"
     )
 

@@ -110,9 +110,10 @@ def test_bad_settings(data: dict[str, Any], kind: type[RegrowError], says: str) 
 
 def test_flags_over_a_recipe() -> None:
     data = {"keep": "80%", "recover": {"rank": 4, "tokens": 9}, "axes": ["neuron"]}
-    changed = overlay(data, {"keep": None, "recover": {"tokens": 5, "rank": None}, "seed": 3, "axes": ["group"]})
-    assert changed == {"keep": "80%", "recover": {"rank": 4, "tokens": 5}, "seed": 3, "axes": ["group"]}
+    changed = overlay(data, {"keep": None, "recover": {"tokens": 5}, "seed": 3, "axes": ["group"]})
+    assert changed == {"keep": None, "recover": {"rank": 4, "tokens": 5}, "seed": 3, "axes": ["group"]}
     assert data["recover"] == {"rank": 4, "tokens": 9}
+    assert overlay(data, {"recover": None})["recover"] is None
     assert overlay({"recover": None}, {"recover": {"tokens": 5}}) == {"recover": {"tokens": 5}}
     assert overlay({"recover": 7}, {"recover": {"tokens": 5}}) == {"recover": {"tokens": 5}}
 

@@ -21,4 +21,4 @@ def prune(
     `regrow.errors`.
     """
     data = read_recipe(find_recipe(recipe)) if recipe else {}
-    return run(parse(overlay(data, {**settings, "model": model}, null=True)), Path(out), page=pages, progress=progress)
+    return run(parse(overlay(data, {**settings, "model": model})), Path(out), page=pages, progress=progress)

@@ -105,8 +105,7 @@ def measuring(asked: Evaluate) -> Measuring:
             notes.append("the whole text is measured; how long it is is not known here, so it is not counted")
     if asked.tasks:
         try:
-            tasks.check_tasks(asked.tasks)
-            items = sum(len(tasks._rows(tasks.TASKS[name], asked.limit)[0]) for name in dict.fromkeys(asked.tasks))
+            items = sum(tasks.count_items(name, asked.limit) for name in dict.fromkeys(asked.tasks))
         except MissingDemo as missing:
             return Measuring(tokens, [*notes, f"tasks are not counted: {missing.came}"])
         tokens += items * ITEM_TOKENS

@@ -168,17 +168,14 @@ def find_recipe(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def overlay(data: Mapping[str, Any], changes: Mapping[str, Any], *, null: bool = False) -> dict[str, Any]:
-    """`data` with `changes` on top, mappings merged.
-
-    None in `changes` is a flag that was not given and leaves what was there; with `null` it is a value, as in a recipe.
-    """
+def overlay(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with `changes` on top, mappings merged; None is a value, as null is in a recipe."""
     merged = dict(data)
     for key, value in changes.items():
         if isinstance(value, Mapping):
             below = merged.get(key)
-            merged[key] = overlay(below if isinstance(below, Mapping) else {}, value, null=null)
-        elif null or value is not None:
+            merged[key] = overlay(below if isinstance(below, Mapping) else {}, value)
+        else:
             merged[key] = value
     return merged
 

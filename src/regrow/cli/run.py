@@ -49,8 +49,6 @@ def run(
     )
     path = find_recipe(recipe)
     data = overlay(read_recipe(path), flags)
-    if text == "none":
-        data = put(data, ["evaluate", "text"], None)
     for item in override or []:
         data = put(data, *assignment(item))
     finish(parse(data, path.name), out, as_json=as_json, quiet=quiet)

