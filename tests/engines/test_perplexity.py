@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +74,7 @@ def blocks() -> torch.Tensor:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_equals_the_plain_forward(family: str, blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "CHUNK", 7)
+    monkeypatch.setattr(perplexity, "SLICE", 100)
     model = build(family)
     losses = block_losses(model, blocks, batch=2)
     assert losses.dtype == torch.float64
@@ -84,18 +86,48 @@ def test_a_head_it_does_not_know_is_run_whole(
     family: str, blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(family)
-    monkeypatch.setattr(perplexity, "_logits", lambda _, head, states: head(states))
+    monkeypatch.setattr(perplexity, "_shaped", lambda _, logits: logits)
     torch.testing.assert_close(block_losses(model, blocks), plain(model, blocks), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(perplexity, "_chunks_agree", lambda *_: True)  # the mutation that the probe prevents
+    monkeypatch.setattr(perplexity, "_slices_agree", lambda *_: True)  # the mutation that the probe prevents
     assert (block_losses(model, blocks) - plain(model, blocks)).abs().min() > 1e-3
 
 
 def test_logits_are_never_all_there(blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "CHUNK", 10)
-    model, seen = build(), []
-    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
-    block_losses(model, blocks)
-    assert max(seen) == 10
+    monkeypatch.setattr(perplexity, "SLICE", 100)
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(perplexity, "_shaped", lambda _, logits: seen.append(tuple(logits.shape)) or logits)
+    block_losses(build(), blocks)
+    assert max(tokens for tokens, _ in seen) == 10
+    assert {words for _, words in seen} == {100, 56}
+
+
+def test_a_head_with_a_bias(blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "SLICE", 100)
+    model = build()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, 256)
+    torch.nn.init.normal_(model.lm_head.bias)
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:  # the stock one, around a head of our own
+        return SimpleNamespace(logits=model.lm_head(model.model(input_ids=input_ids).last_hidden_state))
+
+    model.forward = forward
+    own = torch.stack([cross_entropy(forward(b[None]).logits[0, :-1].double(), b[1:]) for b in blocks])
+    torch.testing.assert_close(block_losses(model, blocks), own, rtol=1e-5, atol=1e-5)
+    assert perplexity._slices_agree(model, blocks[:1, :8])
+
+
+@pytest.mark.parametrize("how", ["hook", "class"])
+def test_what_acts_on_the_head_is_not_passed_by(blocks: torch.Tensor, how: str) -> None:
+    """Slices read the head's weights; a hook or a class of its own would be missed, so such heads run whole."""
+    model = build()
+    if how == "hook":
+        model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 1.5,))
+    else:
+        model.lm_head.__class__ = type("Louder", (torch.nn.Linear,), {"forward": lambda self, x: x @ self.weight.T * 2})
+    with evaluating(model):
+        assert not perplexity._slices_agree(model, blocks[:1, :8])
+    torch.testing.assert_close(block_losses(model, blocks), plain(model, blocks), rtol=1e-5, atol=1e-5)
 
 
 def test_modes_come_back(blocks: torch.Tensor) -> None:

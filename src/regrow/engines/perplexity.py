@@ -1,8 +1,8 @@
 """Perplexity the way the pruning papers count it, with a record that says exactly how.
 
 A text is tokenised once as it is and cut into blocks that do not overlap; every block is scored on its own
-(Wanda and SparseGPT: 2048 tokens, no BOS, tail dropped). Logits are made 256 tokens at a time, because a vocabulary
-times a block in fp32 would outweigh a small model.
+(Wanda and SparseGPT: 2048 tokens, no BOS, tail dropped). Logits are made for a slice of the vocabulary at a time and
+stay in the processor's cache: all of them would outweigh a small model, and writing them takes longer than making them.
 What this gives up: no sliding window, so the first tokens of a block are judged with little context.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from regrow.engines.tokens import text_blocks
 from regrow.errors import BrokenModel
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]  # (what is measured, steps done, steps in all)
 
-CHUNK = 256  # tokens whose logits exist at the same time
-_PROBE = 8  # tokens on which the chunked head must agree with the model's own forward
-_CLOSE = 1e-3  # largest difference of logits, relative to their largest, that rounding may make
+CHUNK, SLICE = 512, 2048  # tokens and words whose logits exist at the same time
+_PROBE = 8  # tokens on which the sliced head must agree with the model's own forward
+_CLOSE = 1e-3  # largest difference of losses, relative to the largest logit, that rounding may make
 
 BYTES_RULE = "decoded blocks less their first tokens"
 
@@ -106,35 +106,31 @@ def block_losses(
 ) -> Tensor:  # (n,) fp64
     """Mean next-token cross entropy (nats) of each block over its T-1 targets.
 
-    `blocks` (n, T) int64 token ids. The body runs once per `batch` blocks; the head runs on `CHUNK` tokens at a time
-    where that gives the model's own logits (tried on a few tokens first), else on whole blocks. `progress` is told
-    how many blocks of how many are done.
+    `blocks` (n, T) int64 token ids. The body runs once per `batch` blocks; the head runs on `CHUNK` tokens and `SLICE`
+    words at a time where that gives the model's own losses (tried on a few tokens first), else on whole blocks.
+    `progress` is told how many blocks of how many are done.
     """
-    head = model.get_output_embeddings()
     losses: list[Tensor] = []
     with evaluating(model):
-        chunked = _chunks_agree(model, head, blocks[:1, :_PROBE].to(model.device))
+        sliced = _slices_agree(model, blocks[:1, :_PROBE].to(model.device))
         for part in torch.split(blocks, batch):
             ids = part.to(model.device)  # (b, T)
-            if chunked:
+            if sliced:
                 losses.append(head_losses(model, _states(model, ids), ids))
             else:
-                sums = _nats(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
-                losses.append(sums / (ids.shape[1] - 1))
+                each = _nats(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+                losses.append(each.double().mean(1).cpu())
             if progress is not None:
                 progress(sum(map(len, losses)), len(blocks))
     return torch.cat(losses)
 
 
 def head_losses(model: PreTrainedModel, states: Tensor, ids: Tensor) -> Tensor:  # (b,) fp64
-    """Mean loss (nats) of each sequence from the states the head receives, `CHUNK` tokens at a time.
-
-    `states` (b, T, C), `ids` (b, T).
-    """
-    head = model.get_output_embeddings()
-    pieces = zip(torch.split(states[:, :-1], CHUNK, 1), torch.split(ids[:, 1:], CHUNK, 1), strict=True)
-    sums = sum((_nats(_logits(model, head, h), y) for h, y in pieces), torch.zeros(len(ids)).double())
-    return sums / (ids.shape[1] - 1)
+    """Mean loss (nats) of each sequence from the states the head receives: `states` (b, T, C), `ids` (b, T)."""
+    inputs, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # (b*(T-1), C), (b*(T-1),)
+    pieces = zip(torch.split(inputs, CHUNK), torch.split(targets, CHUNK), strict=True)
+    each = torch.cat([_sliced_nats(model, h, y) for h, y in pieces])  # (b*(T-1),)
+    return each.view(len(ids), -1).double().mean(1).cpu()
 
 
 @contextmanager
@@ -167,9 +163,23 @@ def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:  # (b, T, C), what t
     return states
 
 
-def _logits(model: PreTrainedModel, head: nn.Module, states: Tensor) -> Tensor:  # (b, t, V)
-    """The head with what some families do to logits: scale (Cohere), divide (Granite), soft cap (Gemma)."""
-    logits: Tensor = head(states)
+def _sliced_nats(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Tensor:  # (n,) fp32
+    """-log p of `targets` (n,) from `states` (n, C): log of the sum of all exponentials, less the target's logit."""
+    head: Any = model.get_output_embeddings()
+    sums: list[Tensor] = []  # (n,) each, of one slice
+    gold = torch.zeros(len(targets), device=states.device)
+    for start in range(0, len(head.weight), SLICE):
+        words = slice(start, start + SLICE)
+        logits = _shaped(model, linear(states, head.weight[words], None if head.bias is None else head.bias[words]))
+        logits = logits.float()  # (n, words)
+        here = (targets >= start) & (targets < start + logits.shape[1])
+        gold[here] = logits[here, targets[here] - start]
+        sums.append(logits.logsumexp(1))
+    return torch.stack(sums).logsumexp(0) - gold
+
+
+def _shaped(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What some families do to logits: scale (Cohere), divide (Granite), soft cap (Gemma)."""
     config = model.config
     if scale := getattr(config, "logit_scale", None):
         logits = logits * scale
@@ -180,17 +190,19 @@ def _logits(model: PreTrainedModel, head: nn.Module, states: Tensor) -> Tensor: 
     return logits
 
 
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:  # (b,) fp64, summed over tokens
-    """`logits` (b, t, V), `targets` (b, t)."""
-    each = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")  # (b*t,) fp32
-    return each.view(targets.shape).double().sum(1).cpu()
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:  # (b, t) fp32
+    """-log p of `targets` (b, t) under `logits` (b, t, V)."""
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def _chunks_agree(model: PreTrainedModel, head: nn.Module, ids: Tensor) -> bool:
-    """True when body, head and `_logits` make the same logits as the model's own forward on `ids` (1, t)."""
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    ours = _logits(model, head, _states(model, ids)).float()
-    return bool(own.shape == ours.shape and (own - ours).abs().max() <= _CLOSE * own.abs().max())
+def _slices_agree(model: PreTrainedModel, ids: Tensor) -> bool:
+    """True when body, slices of the head and `_shaped` give the losses of the model's own forward on `ids` (1, t)."""
+    if type(model.get_output_embeddings()) is not nn.Linear:
+        return False
+    logits = model(input_ids=ids, use_cache=False).logits
+    ours = _sliced_nats(model, _states(model, ids)[0, :-1], ids[0, 1:])
+    off = (ours - _nats(logits[:, :-1], ids[:, 1:])[0]).abs().max()
+    return bool(off <= _CLOSE * logits.float().abs().max())
 
 
 def _target_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
