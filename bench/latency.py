@@ -24,7 +24,7 @@ from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan
 from regrow.stages.score import choose, score
 
-PROMPT, DECODE, REPEATS = 512, 24, 7
+PROMPT, DECODE, REPEATS, DECODED = 512, 24, 21, 5  # the first laps decode too
 AXES: tuple[Unit, ...] = ("neuron", "group")
 
 
@@ -62,20 +62,24 @@ def compare(subject: Subject, plan: Plan) -> dict[str, Any]:
         for name, parameter in subject.model.named_parameters():
             parameter.data = dense_copy[name]
         for lap in range(REPEATS + 1):
-            dense, less = (run_lap(model, ids, DECODE) for model in (subject.model, small))
+            steps = DECODE if lap <= DECODED else 1
+            sides = [subject.model, small][:: 1 if lap % 2 else -1]  # neither always comes first
+            dense, less = [run_lap(model, ids, steps) for model in sides][:: 1 if lap % 2 else -1]
             if lap:
                 prompt.append((dense.prompt_seconds, less.prompt_seconds))
+            if 0 < lap <= DECODED:
                 decode.append((dense.decode_seconds / DECODE, less.decode_seconds / DECODE))
     flops = [flops_per_token(anatomy, shape, PROMPT // 2) for shape in (anatomy.dense, plan.shape())]
     head = 2 * anatomy.sizes["V"] * anatomy.sizes["C"]  # only the last position of a prompt needs logits
     promised = (flops[0] - head) / (flops[1] - head) - 1
     gains = [dense / less - 1 for dense, less in prompt]
+    low, middle, high = statistics.quantiles(gains, n=4)
     return {
         "shape": str(plan.shape()),
         "promised_gain": promised,
-        "prompt_gain": statistics.median(gains),
-        "prompt_gain_std": statistics.stdev(gains),
-        "share_of_promise": statistics.median(gains) / promised,
+        "prompt_gain": middle,
+        "prompt_gain_quartiles": [low, high],
+        "share_of_promise": middle / promised,
         "prompt_ms": [round(1000 * statistics.median(side), 2) for side in zip(*prompt, strict=True)],
         "decode_ms_per_token": [round(1000 * statistics.median(side), 2) for side in zip(*decode, strict=True)],
         "decode_gain": statistics.median([dense / less - 1 for dense, less in decode]),

@@ -100,19 +100,22 @@ def memory(data: dict[str, Any]) -> str:
 def latency(data: dict[str, Any]) -> str:
     rows = []
     for key, row in data["rows"].items():
-        prompt, decode = row["prompt_ms"], row["decode_ms_per_token"]
+        prompt, decode, (low, high) = row["prompt_ms"], row["decode_ms_per_token"], row["prompt_gain_quartiles"]
         rows.append(
             [
                 key,
                 f"{100 * row['promised_gain']:.0f} %",
-                f"{100 * row['prompt_gain']:.0f} % ± {100 * row['prompt_gain_std']:.0f}",
+                f"{100 * row['prompt_gain']:.0f} % ({100 * low:.0f} to {100 * high:.0f})",
                 f"{row['share_of_promise']:.2f}",
                 f"{prompt[0]:.0f} -> {prompt[1]:.0f}",
                 f"{100 * row['decode_gain']:.0f} %",
                 f"{decode[0]:.1f} -> {decode[1]:.1f}",
             ]
         )
-    return f"Gain over dense, prompts of {data['settings']['prompt']} tokens, batch 1.\n\n" + table(
+    about = (
+        f"Gain over dense for prompts of {data['settings']['prompt']} tokens, batch 1; median (quartiles) of many runs."
+    )
+    return f"{about}\n\n" + table(
         ["cut", "promised by FLOPs", "prompt gain", "share of promise", "prompt ms", "decode gain", "decode ms/token"],
         rows,
     )
