@@ -9,7 +9,6 @@ import typer
 from regrow.cli import console
 from regrow.cli import options as o
 from regrow.cli.prune import present
-from regrow.settings import find_recipe, overlay, parse, read_recipe
 
 
 def estimate(
@@ -29,6 +28,8 @@ def estimate(
     quiet: o.Quiet = False,
 ) -> None:
     """Dry run: resulting shape, peak memory, tokens and rough time. No weights are loaded."""
+    from regrow.settings import find_recipe, overlay, parse, read_recipe
+
     main, others = o.criteria(criterion)
     flags = present(
         model=model,

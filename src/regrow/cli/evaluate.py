@@ -10,7 +10,6 @@ from regrow.cli import console
 from regrow.cli import options as o
 from regrow.cli.prune import present
 from regrow.errors import InputError
-from regrow.settings import overlay, parse
 
 
 def evaluate(
@@ -29,6 +28,8 @@ def evaluate(
     quiet: o.Quiet = False,
 ) -> None:
     """Perplexity and bits per byte of a text, zero-shot tasks, speed."""
+    from regrow.settings import overlay, parse
+
     if text is None and tasks is None and not speed:
         raise InputError("nothing to measure", "--text, --tasks, --speed", "add --text FILE or --tasks piqa,arc_easy")
     asked = present(tasks=o.names(tasks), limit=limit, seqlen=seqlen) | {

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from regrow.cli import options as o
-from regrow.settings import parse
 
 
 def prune(
@@ -47,6 +46,7 @@ def prune(
 ) -> None:
     """Cut a model to a budget and write a folder that stock tools load."""
     from regrow.cli.finish import finish
+    from regrow.settings import parse
 
     main, others = o.criteria(criterion)
     data: dict[str, Any] = {

@@ -10,7 +10,6 @@ import typer
 from regrow.cli import options as o
 from regrow.cli.prune import measured_text, present
 from regrow.errors import InputError
-from regrow.settings import find_recipe, overlay, parse, read_recipe
 
 
 def run(
@@ -35,6 +34,7 @@ def run(
 ) -> None:
     """Run a whole recipe: score, cut, recover, measure, write. Run it again to go on after an interruption."""
     from regrow.cli.finish import finish
+    from regrow.settings import find_recipe, overlay, parse, read_recipe
 
     flags: dict[str, Any] = present(
         model=model,
