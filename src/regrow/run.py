@@ -144,16 +144,16 @@ def _check_apart(recipe: Recipe) -> None:
     file = recipe.evaluate.text
     if file is None or not Path(file).is_file():
         return  # other sources give their held-out part
-    used: list[tuple[str, Part, str]] = []
+    used: list[tuple[str, Part]] = []
     if reads_text(chosen_criteria(recipe)):
-        used.append((recipe.calibration.text, "calibration", "calibration"))
+        used.append((recipe.calibration.text, "calibration"))
     if recipe.recover is not None and recipe.recover.tokens:
-        used.append((recipe.recover.text, "recovery", "recovery"))
-    for source, part, what in used:
+        used.append((recipe.recover.text, "recovery"))
+    for source, part in used:
         common = shared(read_text(file)[1], documents(source, part))
         if common:
             raise TextError(
-                f"{file} is to be measured on, and {common} of its paragraphs are {what} text from {source}",
+                f"{file} is to be measured on, and {common} of its paragraphs are {part} text from {source}",
                 "a text that is neither calibrated nor trained on",
                 "measure on another file, or on the held-out part of a source such as demo",
             )
