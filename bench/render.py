@@ -7,6 +7,7 @@ python bench/render.py --check    exits with 1 when they are not what the JSON s
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -64,6 +65,39 @@ def criteria(data: dict[str, Any]) -> str:
         "where fewer than 3).\n\n"
     )
     return text + table(["criterion", *(f"{a}, {s}" for a, s in columns)], body)
+
+
+def distances(data: dict[str, Any]) -> str:
+    """How far every criterion is below random, in standard deviations."""
+    rows: Rows = data["rows"]
+    columns = [(axes, spread) for axes in AXES for spread in SPREADS]
+    names = [n for n in dict.fromkeys(key.split()[0] for key in rows if key != "dense") if n != "random"]
+    body = []
+    for name in names:
+        cells = []
+        for axes, spread in columns:
+            ours, chance = (
+                [r["perplexity"] for k, r in rows.items() if k.startswith(f"{n} {axes} {spread} seed")]
+                for n in (name, "random")
+            )
+            star = "*" if ours and chance and max(ours) < min(chance) else ""
+            nats = distance(*([math.log(x) for x in y] for y in (chance, ours)))
+            cells.append(f"{distance(chance, ours)} / {nats}{star}")
+        body.append([name, *cells])
+    text = (
+        "How far each is below random: difference of the means over the root of the summed variances, in perplexity "
+        "and, after the stroke, in nats; positive is better than chance. A star: every seed is below every seed of "
+        "random.\n\n"
+    )
+    return text + table(["criterion", *(f"{a}, {s}" for a, s in columns)], body)
+
+
+def distance(first: list[float], second: list[float]) -> str:
+    """First minus second in standard deviations; of one value alone the variance counts as nothing."""
+    if not second or len(first) < 2:
+        return "-"
+    variances = [statistics.variance(values) for values in (first, second) if len(values) > 1]
+    return f"{(statistics.fmean(first) - statistics.fmean(second)) / math.sqrt(sum(variances)):.1f}"
 
 
 def spread_of(values: list[float]) -> str:
@@ -126,7 +160,7 @@ def startup(data: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "criteria": ("Criteria, spreads and axes", criteria),
+    "criteria": ("Criteria, spreads and axes", lambda data: f"{criteria(data)}\n\n{distances(data)}"),
     "defaults": ("Defaults", defaults),
     "latency": ("Speed of cut models", latency),
     "scoring_time": ("Price of scoring", scoring_time),
