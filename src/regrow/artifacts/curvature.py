@@ -1,0 +1,81 @@
+"""The Gram matrix of a linear's inputs, damped, and what solvers derive from it, each once.
+
+Linears that read the same input share one. What this gives up: the outputs' side of the curvature; every row of a
+linear is a least-squares problem of its own with the same matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from regrow.errors import BrokenModel
+
+if TYPE_CHECKING:
+    import torch
+
+STEPS = 6  # times the damping is raised, tenfold each, before giving up
+
+
+@dataclass
+class Curvature:
+    """`raw` (n, n) fp32 sum of x x^T over tokens; symmetric. Anything proportional to it gives the same results."""
+
+    raw: torch.Tensor
+    damping: float = 0.01  # of the mean of the diagonal
+    raised: float = field(default=0.0, init=False)  # the damping that was needed, when more than asked
+
+    @cached_property
+    def dead(self) -> torch.Tensor:
+        """(n,) bool: inputs that were never anything but zero; their weights never mattered."""
+        return self.raw.diagonal() == 0
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """(n, n) fp32 with damping on the diagonal; dead inputs count as one."""
+        return self._damped(self.damping)
+
+    def _damped(self, damping: float) -> torch.Tensor:
+        gram = self.raw.clone()
+        diagonal = gram.diagonal()
+        diagonal[self.dead] = 1
+        diagonal += damping * diagonal.mean()
+        return gram
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        """(n, n) fp32 upper triangular U with U^T U = gram^-1 (SparseGPT 3.2): one Cholesky and one inversion.
+
+        When the damped matrix is not positive definite in fp32 the damping is raised tenfold, stepwise, and `gram`
+        follows; `raised` says how far. Raises `BrokenModel` when nothing helps.
+        """
+        import torch
+
+        damping = self.damping or 1e-4
+        for _ in range(STEPS):
+            lower, bad = torch.linalg.cholesky_ex(self.gram.flip(0, 1))
+            if not int(bad):
+                eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+                return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            damping = self.raised = 10 * damping
+            self.gram = self._damped(damping)
+        raise BrokenModel(
+            f"the inputs' Gram matrix is singular even with a damping of {damping:g}",
+            "finite, varied inputs",
+            "calibrate on more or other text",
+        )
+
+    @cached_property
+    def spectrum(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Root of the diagonal (n,), then eigenvalues (n,) and eigenvectors (n, n) of the matrix scaled by it; fp32."""
+        import torch
+
+        root = self.gram.diagonal().sqrt()
+        values, vectors = torch.linalg.eigh((self.gram / root / root[:, None]).double())
+        return root, values.clamp_min(0).to(root), vectors.to(root)
+
+    @cached_property
+    def inverse_diagonal(self) -> torch.Tensor:
+        """(n,) diagonal of gram^-1."""
+        return self.factor.square().sum(0)

@@ -1,0 +1,82 @@
+"""What a solver is given, one linear at a time, and what it returns; and the decorator that registers one.
+
+Solvers chain: each starts from the weights and the mask that the one before left. What this gives up: errors of one
+linear that another could make up for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from regrow.artifacts.mask import Within
+from regrow.artifacts.pattern import Pattern
+from regrow.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from regrow.artifacts.curvature import Curvature
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One linear's inputs on the calibration text, per input channel; sums over tokens, means over sequences."""
+
+    squares: torch.Tensor  # (n,) fp32 mean over sequences of the sum over tokens of x squared
+    sums: torch.Tensor  # (n,) fp32 mean over sequences of the sum over tokens of x
+    variance: torch.Tensor  # (n,) fp32 over all tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """The problem: outputs near those of `weight` on these inputs, with zeros in this pattern."""
+
+    weight: torch.Tensor  # (m, n) fp32, what the outputs should be near to
+    pattern: Pattern
+    within: Within  # who competes for a percentage
+    scores: torch.Tensor  # (m, n) of the criterion on `weight`
+    inputs: Inputs | None = None
+    curvature: Curvature | None = None
+    rescore: Callable[[torch.Tensor, slice], torch.Tensor] | None = (
+        None  # on moved weights of some columns, if it adapts
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """An answer: `weight` is exactly zero where `gone`."""
+
+    weight: torch.Tensor  # (m, n) fp32
+    gone: torch.Tensor  # (m, n) bool
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    name: str
+    sees: str  # nothing, inputs or gram
+    start: str  # the criterion whose mask it starts from when none is named
+    paper: str
+    about: str
+    solve: Callable[..., Sparse]  # (Linear, Sparse, **options)
+    options: dict[str, Any]
+
+
+SOLVERS: Registry[Solver] = Registry("solver", "regrow.solvers")
+
+
+def solver(*, sees: str, start: str, paper: str) -> Callable[[Callable[..., Sparse]], Callable[..., Sparse]]:
+    """Register a pure function `(Linear, Sparse, **options) -> Sparse` under its name."""
+
+    def register(function: Callable[..., Sparse]) -> Callable[..., Sparse]:
+        name = function.__name__.replace("_", "-")
+        if not function.__doc__:
+            raise TypeError(f"solver {name!r} has no docstring: say in one line what it does")
+        options = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[2:]}
+        about = function.__doc__.strip().splitlines()[0]
+        SOLVERS.add(name, Solver(name, sees, start, paper, about, function, options))
+        return function
+
+    return register

@@ -1,0 +1,63 @@
+"""The lowest scores under a pattern: which weights go. Masks are boolean, True goes.
+
+Counts are exact and ties go to the lower column, so equal scores give equal masks on every machine. What this gives
+up: scores of different linears are never compared; how zeros are shared among linears is decided before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from regrow.artifacts.pattern import Pattern
+
+if TYPE_CHECKING:
+    import torch
+
+Within = Literal["row", "matrix", "block"]
+"""Who competes for a percentage: the weights of one output, all of a linear, or all rows of 128 neighbouring inputs."""
+
+BLOCK = 128
+
+
+def lowest(scores: torch.Tensor, pattern: Pattern, within: Within) -> torch.Tensor:  # (m, n) -> (m, n) bool
+    """The entries of `scores` (m, n) that go. Groups of N:M compete among themselves, whatever `within` says."""
+    import torch
+
+    rows, columns = scores.shape
+    if pattern.of:
+        return lowest_of_groups(scores, pattern)
+    if within == "row":
+        return lowest_of_rows(scores, pattern.count(columns))
+    if within == "matrix":
+        return lowest_of_rows(scores.reshape(1, -1), pattern.count(rows * columns)).view(rows, columns)
+    parts, done = [], 0
+    for part in scores.split(BLOCK, 1):
+        begin, done = done, done + part.numel()
+        count = pattern.count(done) - pattern.count(begin)  # adds up to the count of the whole
+        parts.append(lowest_of_rows(part.reshape(1, -1), count).view_as(part))
+    return torch.cat(parts, 1)
+
+
+def lowest_of_rows(scores: torch.Tensor, count: int) -> torch.Tensor:  # (m, n) -> (m, n) bool
+    """The `count` lowest of each row."""
+    import torch
+
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    edge = scores.kthvalue(count, dim=1, keepdim=True).values  # (m, 1)
+    below, level = scores < edge, scores == edge
+    missing = count - below.sum(1, keepdim=True)  # (m, 1)
+    return below | (level & (level.cumsum(1) <= missing))
+
+
+def lowest_of_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:  # (m, n) -> (m, n) bool
+    """The `of - keep` lowest of every `of` neighbours, by counting who is lower: no sort."""
+    import torch
+
+    groups = scores.unflatten(1, (-1, pattern.of))  # (m, n / M, M)
+    rank = torch.zeros_like(groups, dtype=torch.uint8 if pattern.of < 256 else torch.int32)
+    for i in range(pattern.of):
+        other = groups[..., i : i + 1]  # (m, n / M, 1)
+        rank[..., : i + 1] += other < groups[..., : i + 1]
+        rank[..., i + 1 :] += other <= groups[..., i + 1 :]  # of equals, the lower column goes first
+    return (rank < pattern.of - pattern.keep).flatten(1)

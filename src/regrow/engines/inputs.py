@@ -1,0 +1,154 @@
+"""What the linears of one decoder block read: which there are, and statistics of their inputs, each input once.
+
+Linears that read the same tensor (q, k, v; gate, up) share one reading. Fused experts, three-dimensional parameters, are
+read expert by expert on the tokens the router sent there. What this gives up: raw inputs; they are reduced as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.artifacts.linear import Inputs
+from regrow.errors import UnsupportedModel
+
+FUSED = ("gate_up_proj", "down_proj")  # parameters (experts, outputs, inputs) of a fused experts module
+STRIPE = 192  # columns of a Gram matrix that are computed together: only what lies on or above the diagonal
+SAME = 1e-4  # our own run through the experts and the model's differ by no more of their scale
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight matrix inside a block that may become sparse."""
+
+    name: str  # in the whole model; of an expert, with its index in brackets
+    weight: Tensor  # (m, n) a view into the parameter
+    site: str  # whose reading it has
+
+
+class Reading:
+    """Sums over the inputs of one site: of squares always, of means and products when asked."""
+
+    def __init__(self, channels: int, sees: str, device: torch.device) -> None:
+        wide = partial(torch.zeros, channels, dtype=torch.float64, device=device)
+        self.tokens, self.sequences = 0, 0
+        self.squares, self.mean, self.spread = wide(), wide(), wide()  # (n,)
+        self.moments = sees == "moments"
+        gram = sees == "gram"
+        self.products = torch.zeros(channels, channels, device=device) if gram else None  # (n, n) upper stripes
+
+    def add(self, x: Tensor) -> None:
+        """`x` (N, n) in any float type; sums are fp32 within a batch and fp64 over batches."""
+        if not len(x):
+            return
+        x = x.float()
+        if self.products is not None:
+            for a in range(0, x.shape[1], STRIPE):
+                self.products[a : a + STRIPE, a:].addmm_(x[:, a : a + STRIPE].T, x[:, a:])
+        else:
+            self.squares += torch.linalg.vector_norm(x, dim=0).double().square()
+        if self.moments:  # Chan's formula: the means of two batches differ
+            variance, mean = (v.double() for v in torch.var_mean(x, 0, correction=0))
+            total, gap = self.tokens + len(x), mean - self.mean
+            self.spread += len(x) * (variance + gap.square() * self.tokens / total)
+            self.mean += gap * len(x) / total
+        self.tokens += len(x)
+
+    def gram(self) -> Tensor:  # (n, n) fp32
+        assert self.products is not None
+        upper = self.products.triu()
+        return upper + upper.triu(1).T
+
+    def inputs(self, sequences: int) -> Inputs:
+        squares = self.squares if self.products is None else self.products.diagonal().double()
+        return Inputs(
+            squares=(squares / sequences).float(),
+            sums=(self.mean * self.tokens / sequences).float(),
+            variance=(self.spread / max(1, self.tokens)).float(),
+        )
+
+
+def matrices(block: nn.Module, prefix: str) -> list[Matrix]:
+    """Every linear of a block, and every expert of fused ones. Routers are not among them."""
+    found = []
+    for path, module in block.named_modules():
+        name = f"{prefix}.{path}"
+        if isinstance(module, nn.Linear):
+            found.append(Matrix(name, module.weight, path))
+        elif is_experts(module):
+            for part in FUSED:
+                stack = getattr(module, part)  # (E, m, n)
+                found += [Matrix(f"{name}.{part}[{e}]", stack[e], f"{path}.{part}[{e}]") for e in range(len(stack))]
+    return found
+
+
+def is_experts(module: nn.Module) -> bool:
+    return all(
+        isinstance(getattr(module, part, None), nn.Parameter) and getattr(module, part).dim() == 3 for part in FUSED
+    )
+
+
+@contextmanager
+def reading(block: nn.Module, sees: str, routed: bool = False) -> Iterator[dict[str, Reading]]:
+    """While open, every run of `block` adds to the readings, by site; linears with one input share one object.
+
+    `sees` is `inputs`, `moments` or `gram`. With `routed`, inputs of an expert are weighted by its router.
+    """
+    readings: dict[str, Reading] = {}
+    fresh: dict[int, tuple[Tensor, str]] = {}  # inputs of the run under way, kept so that no address is used twice
+    handles: list[Any] = []
+
+    def new(site: str, x: Tensor) -> Reading:
+        return readings.setdefault(site, Reading(x.shape[-1], sees, x.device))
+
+    def linear(site: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if id(x) in fresh:
+            readings[site] = readings[fresh[id(x)][1]]
+            return
+        fresh[id(x)] = (x, site)
+        new(site, x).add(x.flatten(0, -2))
+
+    def experts(site: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        _read_experts(module, args, output, routed, lambda part, e, x: new(f"{site}.{part}[{e}]", x).add(x))
+
+    try:
+        for path, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_pre_hook(partial(linear, path)))
+            elif is_experts(module):
+                handles.append(module.register_forward_hook(partial(experts, path)))
+        handles.append(block.register_forward_hook(lambda *_: fresh.clear()))
+        yield readings
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _read_experts(
+    module: Any, args: tuple[Tensor, ...], output: Tensor, routed: bool, take: Callable[[str, int, Tensor], None]
+) -> None:
+    """What each expert's two matrices read, by a run of our own that must end where the module's did."""
+    x, chosen, weights = args  # (N, d), (N, k), (N, k)
+    found = torch.zeros_like(output)
+    for e in range(len(module.gate_up_proj)):
+        tokens, place = torch.where(chosen == e)
+        router = weights[tokens, place, None].to(x.dtype)  # (N_e, 1)
+        inner = x[tokens]  # (N_e, d)
+        gate, up = nn.functional.linear(inner, module.gate_up_proj[e]).chunk(2, -1)
+        middle = module.act_fn(gate) * up  # (N_e, f)
+        found.index_add_(0, tokens, nn.functional.linear(middle, module.down_proj[e]) * router)
+        take(FUSED[0], e, inner * router if routed else inner)
+        take(FUSED[1], e, middle * router if routed else middle)
+    if not (found - output).abs().max() <= SAME * output.abs().max():
+        raise UnsupportedModel(
+            f"{type(module).__name__} computes something else than gated experts",
+            "experts as in Mixtral and Qwen3-MoE: down(act(gate x) * up x), weighted by the router",
+            "leave the experts dense, or report the model type",
+        )

@@ -1,0 +1,194 @@
+"""Block after block: read the inputs, choose what goes, let a solver mend what stays; zeros are written in place.
+
+Inside a block statistics come from dense weights; between blocks inputs have passed the pruned ones, as in Wanda and
+SparseGPT, or the dense ones in one pass. Memory beyond the model: one block's statistics and one buffer of the stream.
+What this gives up: errors that only show behind a later block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.artifacts.curvature import Curvature
+from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Solver, Sparse
+from regrow.artifacts.mask import lowest
+from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.shape import Anatomy
+from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
+from regrow.engines.inputs import Matrix, Reading, matrices, reading
+from regrow.engines.removal import layer_arguments, run_layer
+from regrow.engines.walk import check_finite
+
+Progress = Callable[[int, int], None]  # (blocks done, blocks in all)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What decides and what mends."""
+
+    criterion: WeightCriterion
+    solvers: tuple[tuple[Solver, Mapping[str, Any]], ...]  # in turn, each with its options
+    damping: float = 0.01  # of the mean of the Gram matrix's diagonal
+    dense_inputs: bool = False  # blocks read what the dense model gives them
+
+    @property
+    def sees(self) -> str:
+        """The most that any part asks for: nothing, inputs, moments or gram."""
+        asked = {self.criterion.sees, *(solver.sees for solver, _ in self.solvers)}
+        for most in ("gram", "moments"):
+            if most in asked:
+                return most
+        return "inputs" if asked & {"inputs", "routed"} else "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What became of one matrix."""
+
+    name: str
+    layer: int
+    weights: int
+    zeros: int
+    pattern: str
+    error: float | None  # of the outputs, relative: |(W' - W) X|^2 / |W X|^2; None without a Gram matrix
+    note: str = ""
+
+
+@torch.no_grad()
+def sparsify(
+    model: Any,
+    anatomy: Anatomy,
+    blocks: Tensor | None,  # (n, T) int64; None when nothing is read
+    method: Method,
+    patterns: Sequence[Pattern],  # one a layer
+    *,
+    leave: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[Pruned]:
+    """Make `model` sparse in place and say what became of every matrix that is not in `leave` (ends of names).
+
+    Raises `SettingsError` for a pattern that does not divide, `BrokenModel` when an input is not finite.
+    """
+    layers = list(model.get_submodule(anatomy.family.layers).children())
+    chosen = [
+        [m for m in matrices(layer, f"{anatomy.family.layers}.{i}") if not left_out(m.name, leave)]
+        for i, layer in enumerate(layers)
+    ]
+    for i, found in enumerate(chosen):
+        for matrix in found:
+            patterns[i].check(matrix.name, matrix.weight.shape[1])
+    done: list[Pruned] = []
+    stream, calls = (None, []) if blocks is None or method.sees == "nothing" else _enter(model, layers, blocks)
+    for i, layer in enumerate(layers):
+        readings: dict[str, Reading] = {}
+        if stream is not None:
+            with reading(layer, method.sees, method.criterion.sees == "routed") as readings:
+                _pass(layer, stream, calls[i], keep=method.dense_inputs)
+        curvatures: dict[int, Curvature] = {}
+        for matrix in chosen[i]:
+            found = readings.get(matrix.site)
+            done.append(_prune(matrix, i, found, curvatures, method, patterns[i], 1 if stream is None else len(stream)))
+        if stream is not None and not method.dense_inputs and i + 1 < len(layers):
+            _pass(layer, stream, calls[i], keep=True)
+        if progress is not None:
+            progress(i + 1, len(layers))
+    return done
+
+
+def left_out(name: str, leave: Sequence[str]) -> bool:
+    """`leave` names modules by their ends: `o_proj`, `layers.0.mlp.down_proj`."""
+    plain = re.sub(r"\[\d+\]$", "", name)
+    return any(f".{plain}".endswith(f".{end}") for end in leave)
+
+
+def _enter(model: Any, layers: list[nn.Module], blocks: Tensor) -> tuple[Tensor, list[Any]]:
+    """The stream (n, T, d) that enters the first block, and each block's other arguments for one sequence."""
+    stream, calls = None, []
+    for i, ids in enumerate(blocks.split(1)):
+        first, calls = layer_arguments(model, layers, ids.to(model.device))
+        stream = (
+            torch.empty(len(blocks), *first.shape[1:], dtype=first.dtype, device=first.device) if i == 0 else stream
+        )
+        stream[i : i + 1] = first
+    assert stream is not None
+    return stream, calls
+
+
+def _pass(layer: nn.Module, stream: Tensor, call: Any, *, keep: bool) -> None:
+    """Run a block over the whole stream (n, T, d), one sequence at a time; with `keep` the outputs replace it."""
+    for i in range(len(stream)):
+        output = run_layer(layer, stream[i : i + 1], *call)
+        if keep:
+            stream[i : i + 1] = output
+
+
+def _prune(
+    matrix: Matrix,
+    layer: int,
+    found: Reading | None,
+    curvatures: dict[int, Curvature],
+    method: Method,
+    pattern: Pattern,
+    sequences: int,
+) -> Pruned:
+    weight = matrix.weight
+    needs = method.sees != "nothing"
+    if needs and (found is None or not found.tokens):
+        return Pruned(matrix.name, layer, weight.numel(), int((weight == 0).sum()), str(pattern), None, "saw no token")
+    inputs = curvature = None
+    if found is not None:
+        inputs = found.inputs(sequences)
+        check_finite(f"inputs of {matrix.name}", inputs.squares)
+        if found.products is not None:
+            curvature = curvatures.setdefault(id(found), Curvature(found.gram(), method.damping))
+    task = task_of(weight.float(), inputs, curvature, method.criterion, pattern)
+    gone = lowest(task.scores, pattern, method.criterion.within)
+    answer = Sparse(task.weight.masked_fill(gone, 0), gone)
+    for solver, options in method.solvers:
+        answer = solver.solve(task, answer, **options)
+    error = None if curvature is None else _error(task.weight, answer.weight, curvature)
+    weight.copy_(answer.weight)
+    weight.masked_fill_(answer.gone, 0)
+    note = "" if curvature is None or not curvature.raised else f"damping raised to {curvature.raised:g}"
+    return Pruned(matrix.name, layer, weight.numel(), int((weight == 0).sum()), str(pattern), error, note)
+
+
+def task_of(
+    weight: Tensor,
+    inputs: Inputs | None,
+    curvature: Curvature | None,
+    criterion: WeightCriterion,
+    pattern: Pattern,
+) -> Linear:
+    """The problem of one matrix (m, n) fp32. Dead inputs score nothing, so their weights go first."""
+
+    def score(part: Tensor, columns: slice) -> Tensor:
+        curved: dict[str, Tensor] = {}
+        if curvature is not None and criterion.sees == "gram":
+            curved = {
+                "pivot": curvature.factor.diagonal()[columns],
+                "diagonal": curvature.gram.diagonal()[columns],
+                "inverse_diagonal": curvature.inverse_diagonal[columns],
+            }
+        norm = None if inputs is None else inputs.squares.sqrt()[columns]
+        scores = criterion.score(WeightSight(weight=part, norm=norm, **curved))
+        return scores.masked_fill(curvature.dead[columns], 0) if curved and curvature is not None else scores
+
+    every = score(weight, slice(None))
+    return Linear(weight, pattern, criterion.within, every, inputs, curvature, score if criterion.adapts else None)
+
+
+def _error(dense: Tensor, sparse: Tensor, curvature: Curvature) -> float:
+    """|(W' - W) X|^2 / |W X|^2 on the calibration text."""
+
+    def size(w: Tensor) -> float:
+        return float(((w @ curvature.raw) * w).sum())
+
+    whole = size(dense)
+    return size(sparse - dense) / whole if whole else 0.0

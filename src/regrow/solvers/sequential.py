@@ -1,0 +1,163 @@
+"""From left to right: what a removed weight did is made up for by the inputs after it (SparseGPT, MRP).
+
+Columns go in blocks, and inside a block in small runs whose effect on every row is one product with a small triangular
+matrix, so there is no step a column. What this gives up: inputs before a removed weight never help; `refit` lets them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+
+from regrow.artifacts.linear import Linear, Sparse, solver
+from regrow.artifacts.mask import BLOCK, lowest_of_groups, lowest_of_rows
+from regrow.artifacts.pattern import Pattern
+
+RUN = 8  # columns taken together where the mask is known
+TABLE = 256  # subsets of a group that are prepared in advance, at most
+ROWS = 256  # rows whose joint removals are solved together
+
+Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weights (m, b), gone (m, b), errors (m, b)
+
+
+@solver(sees="gram", start="sparsegpt", paper="arXiv:2301.00774 (SparseGPT)")
+def update(task: Linear, start: Sparse, hold: bool = False) -> Sparse:
+    """SparseGPT: weights go one after the other, each made up for by the inputs after it."""
+    return _sweep(task, start, joint=False, hold=hold)
+
+
+@solver(sees="gram", start="sparsegpt", paper="arXiv:2410.15567 (MRP)")
+def mrp(task: Linear, start: Sparse, hold: bool = False) -> Sparse:
+    """The weights of a block go at once; of N:M groups every subset is tried (unless `hold`)."""
+    return _sweep(task, start, joint=True, hold=hold)
+
+
+def _sweep(task: Linear, start: Sparse, *, joint: bool, hold: bool) -> Sparse:
+    """`hold` keeps the mask of `start`; else it is chosen on the way when the criterion adapts or subsets are tried."""
+    assert task.curvature is not None
+    factor, pattern = task.curvature.factor, task.pattern  # (n, n) upper
+    weight, gone = task.weight.clone(), start.gone.clone()
+    rows, columns = weight.shape
+    width = pattern.of * max(1, BLOCK // pattern.of) if pattern.of else BLOCK
+    rescore = None if hold else task.rescore
+    tries = joint and not hold and math.comb(pattern.of, pattern.keep) <= TABLE
+    for a in range(0, columns, width):
+        b = min(a + width, columns)
+        here, own = slice(a, b), factor[a:b, a:b]
+        part = weight[:, here].clone()
+        if pattern.of and (rescore is not None or tries):
+            score = None if rescore is None else (lambda w, at, a=a: rescore(w, slice(a + at, a + at + w.shape[1])))
+            part, gone[:, here], error = _by_groups(part, own, pattern, score, joint)
+        else:
+            if rescore is not None:
+                count = pattern.count(rows * b) - pattern.count(rows * a)
+                gone[:, here] = lowest_of_rows(rescore(part, here).reshape(1, -1), count).view_as(part)
+            part, error = (_at_once if joint else _in_turn)(part, gone[:, here], own)
+        weight[:, here] = part
+        weight[:, b:] -= error @ factor[here, b:]
+    return Sparse(weight, gone)
+
+
+def _in_turn(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (m, b) of one block without `gone`, one column after the other; errors (m, b) in units of U's rows."""
+    rows, width = part.shape
+    pad = -width % RUN
+    runs = (width + pad) // RUN
+    wide = torch.nn.functional.pad(own, (0, pad, 0, pad))
+    blocks = torch.stack([wide[i : i + RUN, i : i + RUN] for i in range(0, width + pad, RUN)])  # (r, RUN, RUN)
+    turns = _turns(torch.nn.functional.pad(gone, (0, pad)).view(rows, runs, RUN), blocks)  # (m, r, RUN, RUN)
+    error = torch.zeros_like(part)
+    for run in range(runs):
+        a, b = run * RUN, min((run + 1) * RUN, width)
+        what = (part[:, a:b] * gone[:, a:b]).unsqueeze(1)  # (m, 1, <= RUN)
+        error[:, a:b] = torch.bmm(what, turns[:, run, : b - a, : b - a]).squeeze(1)
+        part[:, a:] -= error[:, a:b] @ own[a:b, a:]
+    return part.masked_fill(gone, 0), error
+
+
+def _turns(gone: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:  # (..., r, c) bool, (r, c, c) -> (..., r, c, c)
+    """T with e = (w * gone) T: errors e_j = (w_j - sum_{i<j} e_i U_ij) / U_jj where gone, by forward substitution."""
+    width = blocks.shape[-1]
+    turns = torch.zeros(*gone.shape, width, dtype=blocks.dtype, device=blocks.device)
+    for j in range(width):
+        at = gone[..., j]  # (..., r)
+        column = torch.zeros(*gone.shape, dtype=blocks.dtype, device=blocks.device)
+        column[..., j] = 1
+        if j:
+            column -= (turns[..., :j] * blocks[:, None, :j, j]).sum(-1)
+        unit = torch.nn.functional.one_hot(torch.tensor(j), width).to(column)
+        turns[..., j] = torch.where(at[..., None], column / blocks[:, j, j, None], unit)
+    return turns
+
+
+def _at_once(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (m, b) of one block without `gone`, all removed together: errors x U^T with x [H^-1]_PP = w_P."""
+    inverse = own.T @ own  # (b, b) of the inverse Hessian of what is left
+    eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
+    found = []
+    for w, g in zip(part.split(ROWS), gone.split(ROWS), strict=True):
+        matrix = torch.where(g[:, :, None] & g[:, None, :], inverse, eye)  # (rows, b, b)
+        found.append(torch.linalg.solve(matrix, (w * g).unsqueeze(-1)).squeeze(-1))
+    error = torch.cat(found) @ own.T
+    return (part - error @ own).masked_fill(gone, 0), error
+
+
+def _by_groups(
+    part: torch.Tensor,
+    own: torch.Tensor,
+    pattern: Pattern,
+    score: Callable[[torch.Tensor, int], torch.Tensor] | None,
+    joint: bool,
+) -> Chosen:
+    """N:M with the mask chosen on the way, group by group: by scores, or by the exact joint loss of every subset."""
+    size, out = pattern.of, pattern.of - pattern.keep
+    starts = range(0, part.shape[1], size)
+    gone, error = torch.zeros_like(part, dtype=torch.bool), torch.zeros_like(part)
+    blocks = torch.stack([own[a : a + size, a : a + size] for a in starts])  # (g, M, M)
+    if math.comb(size, out) > TABLE:
+        assert score is not None
+        for g, a in enumerate(starts):
+            here = slice(a, a + size)
+            gone[:, here] = lowest_of_groups(score(part[:, here], a), pattern)
+            part[:, here], error[:, here] = (_at_once if joint else _in_turn)(part[:, here], gone[:, here], blocks[g])
+            part[:, a + size :] -= error[:, here] @ own[here, a + size :]
+        return part, gone, error
+    subsets = torch.zeros(math.comb(size, out), size, dtype=torch.bool, device=part.device)  # (S, M)
+    for row, subset in zip(subsets, combinations(range(size), out), strict=True):
+        row[list(subset)] = True
+    costs, turns = _tables(subsets, blocks, joint)  # (g, M, S * M) each
+    every = torch.arange(len(part), device=part.device)
+    for g, a in enumerate(starts):
+        here = slice(a, a + size)
+        w = part[:, here]  # (m, M)
+        if joint:
+            cost = ((w @ costs[g]).view(len(w), -1, size) * w[:, None]).sum(-1)  # (m, S)
+        else:
+            assert score is not None
+            cost = score(w, a) @ subsets.to(w).T
+        pick = cost.argmin(1)  # of equals the first, whose columns are lower
+        error[:, here] = (w @ turns[g]).view(len(w), -1, size)[every, pick]
+        gone[:, here] = subsets[pick]
+        part[:, a:] -= error[:, here] @ own[here, a:]
+    return part.masked_fill(gone, 0), gone, error
+
+
+def _tables(subsets: torch.Tensor, blocks: torch.Tensor, joint: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """For every group and subset: the matrix of the joint loss, and that of the errors; (g, M, S * M) each."""
+    groups, size = len(blocks), blocks.shape[-1]
+
+    def flat(table: torch.Tensor) -> torch.Tensor:  # (S, g, M, M) -> (g, M, S * M)
+        return table.permute(1, 2, 0, 3).reshape(groups, size, -1)
+
+    chosen = subsets[:, None, :].expand(-1, groups, -1)  # (S, g, M)
+    if not joint:
+        turns = _turns(chosen, blocks) * chosen[..., None]
+        return turns, flat(turns)
+    both = chosen[..., :, None] & chosen[..., None, :]  # (S, g, M, M)
+    inverse = blocks.transpose(1, 2) @ blocks  # (g, M, M)
+    eye = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
+    loss = torch.linalg.inv(torch.where(both, inverse, eye)) * both
+    return flat(loss), flat(loss @ blocks.transpose(1, 2))
