@@ -1,0 +1,81 @@
+"""Three forwards of one SPP linear, equal in outputs and gradients: y = W x + b + s (A beta W) D(x).
+
+W (m, n) is frozen and sparse; alpha (r, n) and beta (m,) are trained; row i uses row floor(i r / m) of alpha. What this
+gives up: gradients of W itself; whoever tunes W needs no adapter.
+
+form          products    kept for the backward pass    beside that
+checkpointed  12 m n T    x, D(x)                       three matrices m x n, for a moment
+lean           8 m n T    D(x), a stream of width m     nothing of size m x n
+folded         6 m n T    x                             two matrices m x n, for a moment; no dropout
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+FEW = 8  # tokens below which nothing is folded: building a matrix would cost more than using it
+
+
+def delta(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:  # (m, n)
+    """s A beta W: what an adapter adds to the weight; zero where the weight is."""
+    rows = weight.unflatten(0, (len(alpha), -1))  # (r, m / r, n)
+    return (scale * rows * alpha[:, None, :] * beta.view(len(alpha), -1, 1)).flatten(0, 1)
+
+
+def choose(dropout: float, tokens: int) -> str:
+    """The form that costs least: folded where it can be, lean under dropout and for a few tokens."""
+    return "lean" if dropout or tokens < FEW else "folded"
+
+
+def checkpointed(x: Tensor, dropped: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
+    """Builds the m x n product, and builds it again in the backward pass."""
+
+    def residual(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+        return F.linear(x, delta(weight, alpha, beta, scale))
+
+    added: Tensor = checkpoint(residual, dropped, alpha, beta, use_reentrant=False)
+    return F.linear(x, weight) + added
+
+
+def lean(x: Tensor, dropped: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
+    """One thin product for each run of rows; nothing of size m x n."""
+    runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
+    return F.linear(x, weight) + scale * beta * torch.cat([F.linear(dropped * a, w) for a, w in runs], -1)
+
+
+def folded(x: Tensor, dropped: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:  # noqa: ARG001
+    """One product with the adapted weight, made on the way and not kept; there is no dropout."""
+    return _Folded.apply(x, weight, alpha, beta, scale)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Folded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, alpha, beta)
+        ctx.scale = scale
+        return F.linear(x, weight + delta(weight, alpha, beta, scale).to(weight.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, alpha, beta = ctx.saved_tensors
+        (grad,) = grads  # (..., m)
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = grad @ (weight + delta(weight, alpha, beta, ctx.scale).to(weight.dtype))
+        outer = grad.flatten(0, -2).T @ x.flatten(0, -2)  # (m, n)
+        outer *= weight
+        outer *= ctx.scale
+        runs = outer.unflatten(0, (len(alpha), -1)).to(alpha.dtype)  # (r, m / r, n)
+        ups = torch.einsum("kin,kn->ki", runs, alpha).flatten()  # (m,)
+        downs = torch.einsum("kin,ki->kn", runs, beta.view(len(alpha), -1))  # (r, n)
+        return back, None, downs, ups, None
+
+
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+FORMS: dict[str, Form] = {"checkpointed": checkpointed, "lean": lean, "folded": folded}
