@@ -79,3 +79,12 @@ class Curvature:
     def inverse_diagonal(self) -> torch.Tensor:
         """(n,) diagonal of gram^-1."""
         return self.factor.square().sum(0)
+
+    def target(self, weight: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:  # (m, n)
+        """The dense weight for these inputs whose outputs are nearest to those of `weight` on the dense model's inputs.
+
+        `cross` (n, n) is the sum of x_dense x^T. With the damping on both sides, equal inputs give `weight` back.
+        """
+        factor = self.factor
+        pull = weight @ cross + weight * (self.gram.diagonal() - self.raw.diagonal())
+        return pull @ factor.T @ factor

@@ -1,7 +1,8 @@
 """What the linears of one decoder block read: which there are, and statistics of their inputs, each input once.
 
-Linears that read the same tensor (q, k, v; gate, up) share one reading. Fused experts, three-dimensional parameters, are
-read expert by expert on the tokens the router sent there. What this gives up: raw inputs; they are reduced as they come.
+Linears that read the same tensor (q, k, v; gate, up) share one reading. Fused experts, three-dimensional parameters,
+are read expert by expert on the tokens the router sent there. What this gives up: raw inputs; they are reduced as they
+come.
 """
 
 from __future__ import annotations
@@ -42,12 +43,19 @@ class Reading:
         self.moments = sees == "moments"
         gram = sees == "gram"
         self.products = torch.zeros(channels, channels, device=device) if gram else None  # (n, n) upper stripes
+        self.cross: Tensor | None = None  # (n, n) fp32 sum of x_dense x^T
 
-    def add(self, x: Tensor) -> None:
-        """`x` (N, n) in any float type; sums are fp32 within a batch and fp64 over batches."""
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """`x` (N, n) in any float type; sums are fp32 within a batch and fp64 over batches.
+
+        `dense` (N, n) is what the same site reads in the dense model.
+        """
         if not len(x):
             return
         x = x.float()
+        if dense is not None:
+            self.cross = x.new_zeros(x.shape[1], x.shape[1]) if self.cross is None else self.cross
+            self.cross.addmm_(dense.float().T, x)
         if self.products is not None:
             for a in range(0, x.shape[1], STRIPE):
                 self.products[a : a + STRIPE, a:].addmm_(x[:, a : a + STRIPE].T, x[:, a:])
@@ -94,41 +102,66 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-@contextmanager
-def reading(block: nn.Module, sees: str, routed: bool = False) -> Iterator[dict[str, Reading]]:
-    """While open, every run of `block` adds to the readings, by site; linears with one input share one object.
+class Observer:
+    """Reads the linears of a block whenever it runs, by site; linears with one input share one object.
 
-    `sees` is `inputs`, `moments` or `gram`. With `routed`, inputs of an expert are weighted by its router.
+    `sees` is `inputs`, `moments` or `gram`. With `routed`, inputs of an expert are weighted by its router. A run under
+    `remembering` is not counted: its inputs are kept as what the dense model reads, for the next run.
     """
-    readings: dict[str, Reading] = {}
-    fresh: dict[int, tuple[Tensor, str]] = {}  # inputs of the run under way, kept so that no address is used twice
-    handles: list[Any] = []
 
-    def new(site: str, x: Tensor) -> Reading:
-        return readings.setdefault(site, Reading(x.shape[-1], sees, x.device))
+    def __init__(self, block: nn.Module, sees: str, routed: bool = False) -> None:
+        self.block, self.sees, self.routed = block, sees, routed
+        self.readings: dict[str, Reading] = {}
+        self.fresh: dict[int, tuple[Tensor, str]] = {}  # inputs of this run, kept so that no address is used twice
+        self.dense: dict[str, Tensor] = {}
+        self.remembers = False
+        self.handles: list[Any] = []
 
-    def linear(site: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        if id(x) in fresh:
-            readings[site] = readings[fresh[id(x)][1]]
-            return
-        fresh[id(x)] = (x, site)
-        new(site, x).add(x.flatten(0, -2))
-
-    def experts(site: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        _read_experts(module, args, output, routed, lambda part, e, x: new(f"{site}.{part}[{e}]", x).add(x))
-
-    try:
-        for path, module in block.named_modules():
+    def __enter__(self) -> Observer:
+        for path, module in self.block.named_modules():
             if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_pre_hook(partial(linear, path)))
+                self.handles.append(module.register_forward_pre_hook(partial(self._linear, path)))
             elif is_experts(module):
-                handles.append(module.register_forward_hook(partial(experts, path)))
-        handles.append(block.register_forward_hook(lambda *_: fresh.clear()))
-        yield readings
-    finally:
-        for handle in handles:
+                self.handles.append(module.register_forward_hook(partial(self._experts, path)))
+        self.handles.append(self.block.register_forward_hook(self._end))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
             handle.remove()
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        self.remembers = True
+        try:
+            yield
+        finally:
+            self.remembers = False
+
+    def _of(self, site: str, x: Tensor) -> Reading:
+        return self.readings.setdefault(site, Reading(x.shape[-1], self.sees, x.device))
+
+    def _linear(self, site: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if id(x) in self.fresh:
+            leader = self.fresh[id(x)][1]
+            if not self.remembers:
+                self.readings[site] = self.readings[leader]
+            return
+        self.fresh[id(x)] = (x, site)
+        if self.remembers:
+            self.dense[site] = x.flatten(0, -2)
+        else:
+            self._of(site, x).add(x.flatten(0, -2), self.dense.pop(site, None))
+
+    def _experts(self, site: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not self.remembers:
+            _read_experts(
+                module, args, output, self.routed, lambda part, e, x: self._of(f"{site}.{part}[{e}]", x).add(x)
+            )
+
+    def _end(self, *_: object) -> None:
+        self.fresh.clear()
 
 
 def _read_experts(

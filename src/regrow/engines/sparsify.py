@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from regrow.artifacts.curvature import Curvature
-from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Solver, Sparse
+from regrow.artifacts.linear import Inputs, Linear, Solver, Sparse
 from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
-from regrow.engines.inputs import Matrix, Reading, matrices, reading
+from regrow.engines.inputs import Matrix, Observer, Reading, matrices
 from regrow.engines.removal import layer_arguments, run_layer
 from regrow.engines.walk import check_finite
 
@@ -35,7 +35,9 @@ class Method:
     criterion: WeightCriterion
     solvers: tuple[tuple[Solver, Mapping[str, Any]], ...]  # in turn, each with its options
     damping: float = 0.01  # of the mean of the Gram matrix's diagonal
-    dense_inputs: bool = False  # blocks read what the dense model gives them
+    inputs: Literal["pruned", "dense", "both"] = "pruned"
+    """What a block reads: what the pruned blocks before it give, what the dense model gives, or what the pruned ones
+    give with the dense model's outputs as the target."""
 
     @property
     def sees(self) -> str:
@@ -85,17 +87,20 @@ def sparsify(
             patterns[i].check(matrix.name, matrix.weight.shape[1])
     done: list[Pruned] = []
     stream, calls = (None, []) if blocks is None or method.sees == "nothing" else _enter(model, layers, blocks)
+    dense = stream.clone() if stream is not None and method.inputs == "both" else None
     for i, layer in enumerate(layers):
         readings: dict[str, Reading] = {}
         if stream is not None:
-            with reading(layer, method.sees, method.criterion.sees == "routed") as readings:
-                _pass(layer, stream, calls[i], keep=method.dense_inputs)
+            with Observer(layer, method.sees, method.criterion.sees == "routed") as observer:
+                _read(layer, stream, dense, calls[i], observer, keep=method.inputs == "dense")
+            readings = observer.readings
         curvatures: dict[int, Curvature] = {}
         for matrix in chosen[i]:
             found = readings.get(matrix.site)
             done.append(_prune(matrix, i, found, curvatures, method, patterns[i], 1 if stream is None else len(stream)))
-        if stream is not None and not method.dense_inputs and i + 1 < len(layers):
-            _pass(layer, stream, calls[i], keep=True)
+        if stream is not None and method.inputs != "dense" and i + 1 < len(layers):
+            for k in range(len(stream)):
+                stream[k : k + 1] = run_layer(layer, stream[k : k + 1], *calls[i])
         if progress is not None:
             progress(i + 1, len(layers))
     return done
@@ -120,9 +125,15 @@ def _enter(model: Any, layers: list[nn.Module], blocks: Tensor) -> tuple[Tensor,
     return stream, calls
 
 
-def _pass(layer: nn.Module, stream: Tensor, call: Any, *, keep: bool) -> None:
-    """Run a block over the whole stream (n, T, d), one sequence at a time; with `keep` the outputs replace it."""
+def _read(layer: nn.Module, stream: Tensor, dense: Tensor | None, call: Any, observer: Observer, *, keep: bool) -> None:
+    """Run a block over the stream (n, T, d), one sequence at a time; with `keep` the outputs replace it.
+
+    The `dense` stream, if there is one, runs before it and moves on to the next block.
+    """
     for i in range(len(stream)):
+        if dense is not None:
+            with observer.remembering():
+                dense[i : i + 1] = run_layer(layer, dense[i : i + 1], *call)
         output = run_layer(layer, stream[i : i + 1], *call)
         if keep:
             stream[i : i + 1] = output
@@ -147,7 +158,10 @@ def _prune(
         check_finite(f"inputs of {matrix.name}", inputs.squares)
         if found.products is not None:
             curvature = curvatures.setdefault(id(found), Curvature(found.gram(), method.damping))
-    task = task_of(weight.float(), inputs, curvature, method.criterion, pattern)
+    target = weight.float()
+    if curvature is not None and found is not None and found.cross is not None:
+        target = curvature.target(target, found.cross)
+    task = task_of(target, inputs, curvature, method.criterion, pattern)
     gone = lowest(task.scores, pattern, method.criterion.within)
     answer = Sparse(task.weight.masked_fill(gone, 0), gone)
     for solver, options in method.solvers:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -66,7 +66,7 @@ class SppConfig(PeftConfig):  # type: ignore[misc]
             ),
         ):
             if not good:
-                raise SettingsError(f"SPP with {came}", allowed, "change it; r = 16 without dropout is the usual choice")
+                raise SettingsError(f"SPP with {came}", allowed, "change it; rank 16 without dropout is usual")
 
 
 class SppLayer(BaseTunerLayer):  # type: ignore[misc]
@@ -172,7 +172,7 @@ class SppModel(BaseTuner):  # type: ignore[misc]
 
     prefix = "spp_"
     tuner_layer_cls = SppLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _create_and_replace(
         self,
