@@ -57,6 +57,9 @@ def main() -> None:
     for group in groups:
         ledger.row(f"layer 0 without group {group}", partial(measure, without(subject, group)))
     dearest = max(groups, key=lambda group: ledger.data["rows"][f"layer 0 without group {group}"]["perplexity"])
+    for criterion in ("taylor", "taylor-vectorize", "taylor-second"):
+        name = f"score of layer 0 group {dearest} by {criterion}"
+        ledger.row(name, partial(standing, subject, criterion, dearest))
     for criterion, spread, seed in LOST:
         found = keep(scores(subject, criterion, seed), "group", [dearest])
         plan = cut_to(subject, found, ("neuron", "group"), spread)
@@ -69,6 +72,12 @@ def main() -> None:
             found = keep(scores(subject, "random", seed), "neuron", best[:count].tolist())
             plan = cut_to(subject, found, ("neuron",), "ends")
             ledger.row(f"random neuron ends seed {seed}, {count} neurons kept", partial(measure, plan))
+
+
+def standing(subject: Subject, criterion: str, group: int) -> dict[str, Any]:
+    """How many groups of the model score less than this one of the first layer; a number for each seed."""
+    tables = [scores(subject, criterion, seed).table["group"] for seed in SEEDS]  # (layers, groups)
+    return {"below": [int((table < table[0, group]).sum()) for table in tables], "of": tables[0].numel()}
 
 
 def without(subject: Subject, group: int) -> Plan:

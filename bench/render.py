@@ -21,6 +21,7 @@ BEGIN, END = "<!-- results: written by bench/render.py -->", "<!-- end of result
 NOTE = "Dense is SmolLM2-135M-Instruct as a dequantised 4-bit (Q4_1) checkpoint, so its own losses are in the baseline."
 SPREADS = ("uniform", "ends", "across")
 AXES = ("neuron", "neuron+group")
+SEEDS = (0, 1, 2)
 
 Rows = dict[str, dict[str, Any]]
 
@@ -109,6 +110,21 @@ def spread_of(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}{note}"
 
 
+def outliers(data: dict[str, Any]) -> str:
+    rows = [[key, f"{row['perplexity']:.1f}"] for key, row in data["rows"].items() if "perplexity" in row]
+    ranks = [
+        f"- {key}: above {', '.join(map(str, row['below']))} of {row['of']} groups (seeds {', '.join(map(str, SEEDS))})"
+        for key, row in data["rows"].items()
+        if "below" in row
+    ]
+    text = (
+        "Why chance is so uneven, and where first-order Taylor falls. Same model, text and calibration as above, 80 % "
+        "of the decoder weights where not said otherwise; kept units go above all others, and others go in their "
+        "place.\n\n"
+    )
+    return text + table(["what was cut", "perplexity"], rows) + "\n\n" + "\n".join(ranks)
+
+
 def defaults(data: dict[str, Any]) -> str:
     rows = [[key, f"{row['perplexity']:.2f}"] for key, row in data["rows"].items()]
     return f"What the defaults were chosen by: perplexity on held-out demo text. {NOTE}\n\n" + table(
@@ -161,6 +177,7 @@ def startup(data: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "criteria": ("Criteria, spreads and axes", lambda data: f"{criteria(data)}\n\n{distances(data)}"),
+    "outliers": ("The few units that carry most", outliers),
     "defaults": ("Defaults", defaults),
     "latency": ("Speed of cut models", latency),
     "scoring_time": ("Price of scoring", scoring_time),
