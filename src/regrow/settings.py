@@ -34,6 +34,29 @@ class Calibration(_Part):
     block: int = Field(default=128, ge=8, description="tokens in a sequence")
 
 
+class Sparsify(_Part):
+    """Zeros in the weight matrices of the decoder layers; shapes stay."""
+
+    pattern: str = Field(
+        default="50%", description="a percentage of zeros, or kept of every so many neighbours: 2:4, 2:8"
+    )
+    criterion: str = Field(
+        default="sparsegpt", description="what scores a weight, or a solver that brings its own start; `regrow ls`"
+    )
+    solver: tuple[str, ...] = Field(
+        default=(), description="what becomes of the kept weights, in turn; empty = what the criterion was published with"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the solvers, by name")
+    spread: str = Field(default="uniform", description="how zeros are shared among layers: uniform, owl, hessian")
+    damping: float = Field(default=0.01, ge=0, description="of the Gram matrices, as a share of their mean diagonal")
+    inputs: Literal["pruned", "dense", "both"] = Field(
+        default="pruned",
+        description="what a block reads: as pruned before it, as in the dense model (one pass), or pruned with the "
+        "dense model's outputs as the target",
+    )
+    leave: tuple[str, ...] = Field(default=(), description="ends of names of linears that stay dense")
+
+
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 

@@ -72,6 +72,7 @@ class Family:
     norm: Literal["rms", "layer"] = "rms"
     gain_offset: float = 0.0  # a norm multiplies by (gain_offset + weight): 1 for Gemma
     embed_scale: Literal["1", "sqrt(C)"] = "1"
+    routers: tuple[str, ...] = ()  # modules inside a layer that choose experts; never sparse
     carriers: tuple[str, ...] = ()  # model types that compute the same function with fewer checks
     refuses: Mapping[Unit, str] = field(default_factory=dict)  # why a unit of this layout cannot be cut
 

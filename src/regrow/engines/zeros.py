@@ -1,0 +1,99 @@
+"""Counts the zeros of a model in memory or of a folder, tensor by tensor, and tells whether a pattern is intact.
+
+What this gives up: zeros outside the decoder layers; they are nobody's pattern.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from regrow.artifacts.shape import Anatomy
+from regrow.artifacts.sparsity import GROUPS, Sparsity, Zeros
+
+LEAST_ROWS, LEAST_COLUMNS = 32, 64  # what torch's semi-structured kernels ask of a 16-bit matrix
+
+
+def prunable(anatomy: Anatomy) -> list[str]:
+    """Names of the weight matrices inside decoder layers, in the model's order; routers are not among them."""
+    routers = tuple(f".{path}.weight" for path in anatomy.family.routers)
+    return [
+        tensor.name
+        for tensor in anatomy.tensors
+        if tensor.layer is not None and tensor.matrix and not (routers and tensor.name.endswith(routers))
+    ]
+
+
+def census(tensors: Iterable[tuple[str, Tensor]]) -> Sparsity:
+    """Count (name, weight) one at a time; weights are (m, n), or (experts, m, n)."""
+    digest, found = hashlib.sha256(), []
+    for name, weight in tensors:
+        empty = weight == 0
+        digest.update(name.encode() + packed(empty))
+        most = {}
+        for of in GROUPS:
+            if weight.shape[-1] % of == 0:
+                most[of] = int((~empty).unflatten(-1, (-1, of)).sum(-1).max())
+        found.append(Zeros(name, tuple(weight.shape), int(empty.sum()), most))
+    return Sparsity(tuple(found), digest.hexdigest()[:16])
+
+
+def packed(mask: Tensor) -> bytes:
+    """A boolean tensor as bits."""
+    import numpy as np
+
+    return bytes(np.packbits(mask.cpu().numpy()).tobytes())
+
+
+def of_model(model: Any, anatomy: Anatomy) -> Sparsity:
+    """The zeros of a model in memory."""
+    parameters = dict(model.named_parameters())
+    return census((name, parameters[name].detach()) for name in prunable(anatomy))
+
+
+def of_folder(folder: Path, names: list[str]) -> Sparsity:
+    """The zeros of a checkpoint, without building the model."""
+    return census(stored(folder, names))
+
+
+def stored(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) out of the safetensors files of a folder, one at a time, in the order of `names`."""
+    where = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            where.update(dict.fromkeys(file.keys(), path))
+    for name in names:
+        with safe_open(where[name], "pt") as file:
+            yield name, file.get_tensor(name)
+
+
+def semi_structured(sparsity: Sparsity) -> dict[str, str]:
+    """Why torch's 2:4 kernels on NVIDIA cannot use a matrix, by name; those they can use are not listed."""
+    found = {}
+    for matrix in sparsity.matrices:
+        rows, columns = matrix.shape[-2:]
+        if not matrix.keeps(2, 4):
+            found[matrix.name] = "some group of four has more than two weights"
+        elif len(matrix.shape) > 2:
+            found[matrix.name] = "experts are stacked in one tensor"
+        elif rows % LEAST_ROWS or columns % LEAST_COLUMNS:
+            found[matrix.name] = f"{rows} x {columns} is no multiple of {LEAST_ROWS} x {LEAST_COLUMNS}"
+    return found
+
+
+@torch.no_grad()
+def lost(before: Iterable[tuple[str, Tensor]], after: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Zeros of `before` that are none in `after`, by name; the same names in the same order."""
+    found = {}
+    for (name, old), (other, new) in zip(before, after, strict=True):
+        assert name == other
+        gone = int(((old == 0) & (new != 0)).sum())
+        if gone:
+            found[name] = gone
+    return found

@@ -1,0 +1,16 @@
+"""KL from the teacher: the student pays wherever the teacher would have gone (Minitron's choice, temperature 1).
+
+What this gives up: mode seeking; a small student spreads itself over all that the teacher deems likely.
+"""
+
+import torch
+
+from regrow.artifacts.goal import divergence
+
+
+@divergence(paper="arXiv:2407.14679 (Minitron, table 15)")
+def forward_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(teacher || student) in nats, times the temperature squared."""
+    theirs = torch.log_softmax(teacher / temperature, -1)  # (n, V)
+    ours = torch.log_softmax(student / temperature, -1)  # (n, V)
+    return temperature**2 * (theirs.exp() * (theirs - ours)).sum(-1)  # (n,)
