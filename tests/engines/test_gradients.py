@@ -10,8 +10,9 @@ from torch import Tensor
 
 from models import anatomy_of, families, ids, make
 from regrow.artifacts.shape import Tensor as Spec
+from regrow.engines import gradients as engine
 from regrow.engines.gates import Gates, LayerGates, gated
-from regrow.engines.gradients import gradients
+from regrow.engines.gradients import gradients, layers_run_again
 from regrow.errors import BrokenModel
 
 KINDS = [kind for kind, _ in families()]
@@ -50,6 +51,33 @@ def test_means_equal_autograd_on_the_whole_batch(kind: str, tied: bool, squares:
     for name, (weight, grad, _) in found.items():
         assert torch.equal(weight, model.get_parameter(name))
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "gpt_neox"])
+def test_layers_that_run_again_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runs = make(kind), []
+    anatomy = anatomy_of(model)
+    layers = list(model.get_submodule(anatomy.family.layers))
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    found = {}
+    for share in (1e9, 0.0):
+        monkeypatch.setattr(engine, "ACTIVATIONS", share)
+        assert layers_run_again(anatomy, BLOCKS.shape[1]) == (0 if share else len(layers))
+        runs.clear()
+        found[share] = collect(model, squares=False)
+        found_runs = len(runs) - 2 * len(layers)  # trying the head takes two passes
+        assert found_runs == len(BLOCKS) * len(layers)  # hooks of a layer fire once: it is its forward that runs again
+    for name, (_, grad, _) in found[0.0].items():
+        assert torch.allclose(grad, found[1e9][name][1], rtol=1e-5, atol=1e-7), name
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_more_tokens_more_layers_run_again() -> None:
+    anatomy = anatomy_of(make("llama"))
+    counts = [layers_run_again(anatomy, tokens) for tokens in (1, 2, 4, 8, 16, 10_000)]
+    assert counts == sorted(counts)
+    assert counts[-1] == anatomy.sizes["L"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])

@@ -179,7 +179,7 @@ def test_silent_and_leaves_no_trace(
     found = evaluate_tasks(model, tokenizer, ["arc_easy"], limit=5, batch=2, progress=lambda *x: done.append(x))
     evaluate_tasks(model, tokenizer, ["hellaswag"], limit=1)
     assert capfd.readouterr() == ("", "")
-    assert done == [("arc_easy", 2, 5), ("arc_easy", 4, 5), ("arc_easy", 5, 5)]
+    assert done == [("arc_easy", 0, 5), ("arc_easy", 2, 5), ("arc_easy", 4, 5), ("arc_easy", 5, 5)]
     assert found["task/arc_easy/acc_norm"].samples == 5
     assert model.training
     assert tokenizer.pad_token is None

@@ -1,7 +1,7 @@
 """The head of a model, and losses through it a few tokens at a time: logits of a batch are never held whole.
 
 A piece's loss and its gradient are made together and the piece is forgotten, so memory grows with neither tokens nor
-vocabulary. Results are those of the plain way to rounding. What this gives up: a second derivative.
+vocabulary. Results are those of the plain way, to rounding. What this gives up: a second derivative.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 
-from regrow.errors import UnsupportedModel
+PROBE, CLOSE = 8, 1e-3  # tokens on which body and head must give the model's own loss, and how nearly
+NUMBERS = 2**22  # logits that are held at a time, 16 MiB in fp32
 
-NUMBERS = 2**24  # logits that are held at a time
+Measure = Callable[[Tensor, slice], Tensor]
+"""(logits (p, V) fp32, which of the tokens they are) -> (p,) one loss a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +27,16 @@ class Head:
 
     weight: Tensor  # (V, C)
     bias: Tensor | None  # (V,)
-    shape: Callable[[Tensor], Tensor]  # scales and soft caps
+    shape: Callable[[Tensor], Tensor]  # scale and soft cap
 
     def logits(self, states: Tensor) -> Tensor:  # (n, V) fp32
         return self.shape(linear(states, self.weight, self.bias)).float()
 
 
-def head_of(model: Any) -> Head:
-    """Raises `UnsupportedModel` for a head that is no linear."""
+def head_of(model: Any) -> Head | None:
+    """The head of a model; None when it is no plain linear."""
     module = model.get_output_embeddings()
-    if not isinstance(module, nn.Linear):
-        raise UnsupportedModel(
-            f"a head of type {type(module).__name__}", "a linear from states to logits", "leave the teacher out"
-        )
-    return Head(module.weight, module.bias, shaping(model.config))
+    return Head(module.weight, module.bias, shaping(model.config)) if type(module) is nn.Linear else None
 
 
 def shaping(config: Any) -> Callable[[Tensor], Tensor]:
@@ -54,22 +52,41 @@ def shaping(config: Any) -> Callable[[Tensor], Tensor]:
     return shape
 
 
-def mean_over_tokens(
-    head: Head,
-    states: Tensor,
-    measure: Callable[[Tensor, slice], Tensor],
-    valid: Tensor | None = None,
-) -> Tensor:  # () fp32
-    """Mean of `measure(logits (p, V) fp32, which tokens)` -> (p,) over tokens, with gradients to states and head.
+def mean_over_tokens(head: Head, states: Tensor, measure: Measure, weights: Tensor | None = None) -> Tensor:  # () fp32
+    """Mean of `measure` over tokens, with gradients to `states` (n, C) and to the head's parameters.
 
-    `states` (n, C) are what the head receives; of tokens that are not `valid` (n,) bool nothing is counted.
+    `weights` (n,) say how much each token counts; all the same by default. They need not add up to one.
     """
-    weights = torch.ones(len(states), device=states.device) if valid is None else valid.float()  # (n,)
-    weights = weights / weights.sum().clamp_min(1)
-    return _Pieces.apply(states, head.weight, head.bias, head.shape, measure, weights)  # type: ignore[no-untyped-call,no-any-return]
+    weights = torch.ones(len(states), device=states.device) if weights is None else weights.float()
+    shares = weights / weights.sum()
+    found: Tensor = _Pieces.apply(states, head.weight, head.bias, head.shape, measure, shares)  # type: ignore[no-untyped-call]
+    return found
+
+
+def next_token(model: Any, head: Head, ids: Tensor) -> Tensor:  # () fp32
+    """Mean cross-entropy of the next token in nats; `ids` (b, T) int64, no padding."""
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (b, T, C)
+    targets = ids[:, 1:].flatten()  # (b * (T - 1),)
+    return mean_over_tokens(
+        head,
+        states[:, :-1].flatten(0, 1),
+        lambda logits, piece: cross_entropy(logits, targets[piece], reduction="none"),
+    )
+
+
+@torch.no_grad()
+def trusted_head(model: Any, ids: Tensor) -> Head | None:
+    """The head, when body and head give the model's own loss on a few tokens of `ids` (b, T); else None."""
+    head, few = head_of(model), ids[:1, :PROBE]
+    if head is None:
+        return None
+    own = model(input_ids=few, labels=few, use_cache=False).loss
+    return head if bool((next_token(model, head, few) - own).abs() <= CLOSE * own.abs()) else None
 
 
 class _Pieces(torch.autograd.Function):
+    """Differentiable in its first three arguments."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -77,32 +94,34 @@ class _Pieces(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         shape: Callable[[Tensor], Tensor],
-        measure: Callable[[Tensor, slice], Tensor],
-        weights: Tensor,
+        measure: Measure,
+        shares: Tensor,
     ) -> Tensor:
-        wanted = [need and tensor is not None for need, tensor in zip(ctx.needs_input_grad, (states, weight, bias))]
-        leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip((states, weight, bias), wanted)]
-        sums = [torch.zeros_like(leaf, dtype=torch.float32) if w else None for leaf, w in zip(leaves, wanted)]
+        given = (states, weight, bias)
+        sums = [
+            torch.zeros_like(t, dtype=torch.float32) if t is not None and need else None
+            for t, need in zip(given, ctx.needs_input_grad[:3], strict=True)
+        ]
         total = torch.zeros((), device=states.device)
         step = max(1, NUMBERS // len(weight))
         for start in range(0, len(states), step):
-            piece = slice(start, min(start + step, len(states)))
-            with torch.enable_grad():
-                part = leaves[0][piece].detach().requires_grad_(wanted[0])
-                logits = shape(linear(part, leaves[1], leaves[2])).float()
-                loss = (measure(logits, piece) * weights[piece]).sum()
+            piece = slice(start, start + step)
+            leaves = [None if t is None else t.detach() for t in (states[piece], weight, bias)]
+            wanted = [t.requires_grad_() for t, s in zip(leaves, sums, strict=True) if t is not None and s is not None]
+            with torch.set_grad_enabled(bool(wanted)):
+                part, w, b = leaves
+                assert part is not None
+                assert w is not None
+                loss = (measure(shape(linear(part, w, b)).float(), piece) * shares[piece]).sum()
             total += loss.detach()
-            inputs = [t for t, w in zip((part, leaves[1], leaves[2]), wanted) if w]
-            if inputs:
-                grads = iter(torch.autograd.grad(loss, inputs))
-                if wanted[0]:
-                    sums[0][piece] = next(grads)
-                for i in (1, 2):
-                    if wanted[i]:
-                        sums[i] += next(grads)
-        ctx.grads = [None if s is None else s.to(t.dtype) for s, t in zip(sums, (states, weight, bias))]
+            grads = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+            for place, held in enumerate(sums):
+                if held is not None:
+                    (held[piece] if place == 0 else held).add_(next(grads))
+        ctx.grads = [None if s is None or t is None else s.to(t.dtype) for s, t in zip(sums, given, strict=True)]
         return total
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if grad is None else grad * above[0] for grad in ctx.grads), None, None, None)
+        grads, ctx.grads = ctx.grads, None
+        return (*(None if grad is None else grad.mul_(above[0]) for grad in grads), None, None, None)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
+from regrow.engines.head import shaping
 from regrow.engines.tokens import text_blocks
 from regrow.errors import BrokenModel
 
@@ -179,15 +180,7 @@ def _sliced_nats(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Ten
 
 
 def _shaped(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """What some families do to logits: scale (Cohere), divide (Granite), soft cap (Gemma)."""
-    config = model.config
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    return shaping(model.config)(logits)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:  # (b, t) fp32

@@ -242,6 +242,8 @@ def _ask(harness: Any, task: Any, name: str, batch: int, progress: Progress | No
     ]
     step = max(batch * _TURN // len(requests[0]), 1)
     answers: list[_Answer] = []
+    if progress is not None:
+        progress(name, 0, len(docs))
     for start in range(0, len(docs), step):
         some = requests[start : start + step]
         flat = [request for item in some for request in item]
