@@ -110,7 +110,7 @@ def run(model: Any, blocks: Tensor, method: str, share: float, keep: int = 0, of
     layers = list(model.model.layers)
     calls: list[Any] = []
     streams = []
-    for ids in blocks.split(1):
+    for ids in torch.split(blocks, 1):
         first, calls = layer_arguments(model, layers, ids)
         streams.append(first)
     for layer, call in zip(layers, calls, strict=True):

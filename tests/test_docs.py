@@ -20,7 +20,7 @@ from regrow.artifacts.family import FAMILIES, Unit
 from regrow.artifacts.sight import CRITERIA
 from regrow.dryrun import dry_run
 from regrow.engines.bind import Subject, bind
-from regrow.run import check
+from regrow.prepare import check
 from regrow.settings import Recipe, overlay, parse, read_recipe
 from regrow.stages.apply import apply
 from regrow.stages.load import load

@@ -22,7 +22,7 @@ from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
 from regrow.errors import MissingDemo
-from regrow.run import as_wish, chosen_criteria
+from regrow.prepare import as_wish, chosen_criteria
 from regrow.settings import Evaluate, Recipe
 from regrow.stages.load import as_dtype
 from regrow.stages.plan import Wish, make_plan
@@ -41,7 +41,8 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
     config = read_config(locate(recipe.model, weights=False), trust_remote_code=trust_remote_code)
     anatomy = bind(config)
     anatomy = replace(anatomy, store_bytes=min(anatomy.store_bytes, as_dtype(recipe.dtype).itemsize))
-    plan, guessed = foretold_plan(anatomy, as_wish(recipe))
+    wish = as_wish(recipe)
+    plan, guessed = (Plan.everything(anatomy), False) if wish is None else foretold_plan(anatomy, wish)
     shape, asked = plan.shape(), measuring(recipe.evaluate)
     speed = gflops or machine_gflops()
     notes = ["minutes are rough: FLOPs over a measured speed, one device", *asked.notes]

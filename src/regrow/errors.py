@@ -45,6 +45,10 @@ class RegrowError(Exception):
         return type(self), (self.came, self.allowed, self.todo)
 
 
+class RegrowWarning(UserWarning):
+    """What a user must hear before a run goes on."""
+
+
 class InputError(RegrowError):
     exit_code = 2
 

@@ -9,42 +9,45 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from regrow import cache
-from regrow.artifacts.ask import SPREADS
-from regrow.artifacts.budget import Budget
-from regrow.artifacts.family import Unit
+from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Measure, Report
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import loss_by_axis
+from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import checkpoint, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
-from regrow.engines.texts import Part, documents, fingerprint, shared
+from regrow.engines.hetero import Holder, holder
+from regrow.engines.texts import documents, fingerprint
 from regrow.engines.train_settings import FREE
-from regrow.errors import SettingsError, TextError
+from regrow.engines.zeros import of_model
+from regrow.errors import RegrowWarning
+from regrow.prepare import calibrates, check, check_subject, chosen_criteria
 from regrow.settings import Recipe, dump
-from regrow.stages.apply import Cut, apply
-from regrow.stages.evaluate import check_asked, check_length, evaluate, read_text, sizes, write_samples
+from regrow.stages import sparsify
+from regrow.stages.apply import apply
+from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
 from regrow.stages.export import export
 from regrow.stages.load import load
-from regrow.stages.plan import Wish, check_wish, make_plan, meet, unprotected
-from regrow.stages.recover import as_train, recover
-from regrow.stages.score import Choice, choose, reads_text, score
+from regrow.stages.plan import Wish, make_plan, unprotected
+from regrow.stages.recover import recover, warning
+from regrow.stages.score import reads_text, score
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
-Page = Callable[[Report, Plan, Scores, str], Mapping[str, str]]  # files to lie beside the model
+Page = Callable[[Report, Plan | None, Scores | None, str], Mapping[str, str]]  # files to lie beside the model
 
 HELDOUT_TOKENS = 4096  # for the loss shown while recovering
-RECOVERY_PARTS: tuple[Part, ...] = ("recovery", "heldout")  # what it trains on, and what its curve is measured on
 
 
 @dataclass(slots=True)
@@ -69,121 +72,104 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         subject = load(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
         )
-    check_wish(subject.anatomy, wish)
-    meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))
-    check_texts(subject, recipe)
-    with clock.stage("score") as record:
-        scores = scored(subject, recipe, record, progress)
-    with clock.stage("plan"):
-        plan = make_plan(subject.anatomy, scores, wish)
+    check_subject(subject, recipe, wish)
+    plan, scores = Plan.everything(subject.anatomy), None
+    if wish is not None:
+        with clock.stage("score") as record:
+            scores = scored(subject, recipe, record, progress)
+        with clock.stage("plan"):
+            plan = make_plan(subject.anatomy, scores, wish)
+    zeros = census(subject) if wish is None else None
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress)
-    with clock.stage("apply"):
-        cut = apply(subject, plan)
+    done = _Done(holder(subject.model.config, subject.anatomy, plan))
+    if wish is not None:
+        with clock.stage("apply"):
+            done = _cut(subject, plan, wish)
+    if recipe.sparsify is not None:
+        with clock.stage("sparsify"):
+            done = _sparse(subject, recipe, done.holder, progress)
     training: tuple[dict[str, float], ...] = ()
     if recipe.recover and recipe.recover.tokens:
+        said_first = warning(subject, recipe.recover) if wish is None else None
+        if said_first is not None:
+            warnings.warn(said_first, RegrowWarning, stacklevel=2)
+            done = replace(done, notes=(*done.notes, said_first))
         with clock.stage("recover", tokens=recipe.recover.tokens):
             training, work = _recovered(subject, recipe, plan, progress)
     with clock.stage("evaluate after"):
-        after = {**sizes(subject.anatomy, plan.shape()), **_measure(subject, recipe, progress)}
+        after = _measure(subject, recipe, progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
+    kept = census(subject) if wish is None else None
     report = Report(
         model={
             **{k: v for k, v in subject.source.items() if k != "path"},
-            "holder": cut.holder.kind,
-            "holder_note": cut.holder.note,
+            "holder": done.holder.kind,
+            "holder_note": done.holder.note,
         },
-        made_by={
-            **recipe.model_dump(mode="json"),
-            "recipe": recipe.name,
-            "budget": recipe.keep,
-            "split_realised": loss_by_axis(subject.anatomy, plan.shape()),
-        },
+        made_by=_made_by(recipe, subject, plan),
         shape={"before": subject.anatomy.dense.to_json(), "after": plan.shape().to_json()},
-        before={**sizes(subject.anatomy, subject.anatomy.dense), **before},
-        after=after,
+        before={**sizes(subject.anatomy, subject.anatomy.dense), **sparse_sizes(subject, zeros), **before},
+        after={**sizes(subject.anatomy, plan.shape()), **sparse_sizes(subject, kept), **after},
         samples=tuple(
             {"prompt": p, "before": b, "after": a} for p, b, a in zip(recipe.evaluate.samples, said, now, strict=True)
         ),
         machine=machine(),
-        notes=_notes(subject, cut, unprotected(subject.anatomy, plan, wish)),
+        notes=(*([f"dense: {subject.source['note']}"] if subject.source.get("note") else []), *done.notes),
         stages=clock.stages,
         training=training,
     )
-    files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1)}
-    pages = page(report, plan, scores, files["recipe.yaml"])
-    export(subject, cut.holder, plan, out, {**files, **pages}, _notes_of_folder(subject, out))
+    files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.files}
+    pages = page(report, plan if wish else None, scores, files["recipe.yaml"])
+    export(subject, done.holder, out, {**files, **pages}, _notes_of_folder(subject, out, recipe, kept))
     if training:
         shutil.rmtree(work, ignore_errors=True)
     return report
 
 
-def check(recipe: Recipe) -> Wish:
-    """Refuse what can be refused before a model is read. Raises `InputError`; returns what is asked of the planner."""
-    wish = as_wish(recipe)
-    SPREADS.get(recipe.spread)
-    if reads_text(chosen_criteria(recipe)):
-        documents(recipe.calibration.text, "calibration")
-    check_asked(recipe.evaluate)
-    _check_apart(recipe)
-    asked = recipe.recover
-    if asked is not None and asked.tokens:
-        as_train(asked, recipe.seed)
-        documents(asked.text, "recovery")
-        if asked.method == "full" and recipe.dtype != "fp32":
-            raise SettingsError(
-                f"recovery of all weights in {recipe.dtype}",
-                "fp32, where small updates are not rounded away",
-                "use --dtype fp32, or recover.method=lora",
-            )
-    return wish
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What became of the model: the class that holds it, what a reader must know, files that say more."""
+
+    holder: Holder
+    notes: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
-def _check_apart(recipe: Recipe) -> None:
-    """Raise `TextError` when the file to measure on holds documents that are calibrated or trained on."""
-    file = recipe.evaluate.text
-    if file is None or not Path(file).is_file():
-        return  # other sources give their held-out part
-    used: list[tuple[str, Part]] = []
-    if reads_text(chosen_criteria(recipe)):
-        used.append((recipe.calibration.text, "calibration"))
-    if recipe.recover is not None and recipe.recover.tokens:
-        used.append((recipe.recover.text, "recovery"))
-    for source, part in used:
-        common = shared(read_text(file)[1], documents(source, part))
-        if common:
-            raise TextError(
-                f"{file} is to be measured on, and {common} of its paragraphs are {part} text from {source}",
-                "a text that is neither calibrated nor trained on",
-                "measure on another file, or on the held-out part of a source such as demo",
-            )
+def _cut(subject: Subject, plan: Plan, wish: Wish) -> _Done:
+    cut = apply(subject, plan)
+    notes = [cut.holder.note, f"masked and sliced logits differ by {cut.difference:.0e} of their scale"]
+    lost = " and ".join(f"{unit}s" for unit in unprotected(subject.anatomy, plan, wish))
+    if lost:
+        notes.append(f"the budget is too small to leave the end layers whole: they lost {lost} too")
+    return _Done(cut.holder, tuple(notes), {"plan.json": json.dumps(plan.to_json())})
 
 
-def check_texts(subject: Subject, recipe: Recipe) -> None:
-    """Refuse text that does not fill one block before anything long begins. Raises `TextError`."""
-    check_length(subject.model, subject.tokenizer, recipe.evaluate)
-    asked = recipe.recover
-    if asked is not None and asked.tokens:
-        for part in RECOVERY_PARTS:
-            text = documents(asked.text, part)
-            tokens.blocks(text, subject.tokenizer, block=asked.block, tokens=asked.block, seed=recipe.seed)
-
-
-def as_wish(recipe: Recipe) -> Wish:
-    """What a recipe asks of the planner."""
-    return Wish(
-        budget=Budget.parse(recipe.keep),
-        axes=recipe.axes,
-        split=recipe.split,
-        spread=recipe.spread,
-        uniform=recipe.uniform,
-        divisors=recipe.divisors,
-        rescale_norms=recipe.rescale_norms,
+def _sparse(subject: Subject, recipe: Recipe, held: Holder, progress: Progress | None) -> _Done:
+    assert recipe.sparsify is not None
+    blocks = calibration(subject, recipe) if calibrates(recipe) else None
+    found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, progress=progress)
+    notes = (
+        f"{found.asked}; {100 * found.sparsity.share:.2f} % of the weights inside decoder layers are zero",
+        "zeros are stored as zeros: dense kernels gain nothing by them, and neither does the file",
+        *found.notes,
     )
+    return _Done(held, notes, {"sparsity.json": json.dumps(found.to_json(), indent=1)})
 
 
-def chosen_criteria(recipe: Recipe) -> dict[Unit, Choice]:
-    return choose(recipe.criterion, recipe.axes, recipe.criteria, recipe.options)
+STRUCTURED = {"axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform", "divisors"}
+"""Keys of a recipe that say nothing when no unit goes."""
+
+
+def _made_by(recipe: Recipe, subject: Subject, plan: Plan) -> dict[str, Any]:
+    if recipe.keep is not None:
+        split = loss_by_axis(subject.anatomy, plan.shape())
+        said = {**recipe.model_dump(mode="json"), "budget": recipe.keep, "split_realised": split}
+    else:
+        said = recipe.model_dump(mode="json", exclude={*STRUCTURED, "keep", "rescale_norms"})
+        asked = recipe.sparsify
+        said["budget"] = None if asked is None else str(Pattern.parse(asked.pattern))
+    return {**said, "recipe": recipe.name}
 
 
 def calibration(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
@@ -268,6 +254,24 @@ def measured(
     return found, said
 
 
+def census(subject: Subject) -> Sparsity:
+    """Zeros of a model whose shape is that of its anatomy."""
+    return of_model(subject.model, subject.anatomy)
+
+
+def sparse_sizes(subject: Subject, found: Sparsity | None) -> dict[str, Measure]:
+    """`size/nonzero_weights` and what sparse storage would weigh, of a model that has zeros or gets them."""
+    if found is None:
+        return {}
+    how = {"matrices": "inside decoder layers", "stored": "non-zero weights and one bit a position, or as it is"}
+    stored = subject.anatomy.store_bytes
+    size = min(found.bitmask_bytes(stored), found.weights * stored)
+    return {
+        "size/nonzero_weights": Measure(found.weights - found.zeros, "", "lower"),
+        "size/bitmask_bytes": Measure(size, "bytes", "lower", how=how),
+    }
+
+
 def _measure(subject: Subject, recipe: Recipe, progress: Progress | None) -> dict[str, Measure]:
     return evaluate(subject.model, subject.tokenizer, recipe.evaluate, progress=progress)
 
@@ -282,6 +286,8 @@ def _recovered(
         "model": subject.source["fingerprint"],
         "plan": plan.to_json(),
         "recover": asked.model_dump(exclude=set(FREE)),
+        "sparsify": None if recipe.sparsify is None else recipe.sparsify.model_dump(mode="json"),
+        "calibration": recipe.calibration.model_dump() if recipe.sparsify else None,
         "seed": recipe.seed,
         "dtype": recipe.dtype,
     }
@@ -293,26 +299,24 @@ def _recovered(
         documents(asked.text, "heldout"), subject.tokenizer, block=asked.block, tokens=HELDOUT_TOKENS, seed=0
     )
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
-    result = recover(subject, blocks, asked, folder=work, seed=recipe.seed, heldout=heldout, progress=say)
+    teacher = None if asked.teacher is None else load(asked.teacher, dtype=recipe.dtype, device=recipe.device)
+    result = recover(
+        subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
+    )
     return result.losses, work
 
 
-def _notes_of_folder(subject: Subject, out: Path) -> dict[str, Any]:
-    """What later steps need of where a cut model is from: `base_model` loads the base, their default teacher."""
+def _notes_of_folder(subject: Subject, out: Path, recipe: Recipe, kept: Sparsity | None) -> dict[str, Any]:
+    """What later steps need of where a model is from: `base_model` loads the base, their default teacher; its zeros."""
     source = subject.source
-    return {
+    notes = {
         "id": out.name,
         "licence": source["licence"],
         "note": source["note"],
         "base_model": source.get("asked", "demo"),
         "base": {k: v for k, v in source.items() if k not in ("path", "asked")},
     }
-
-
-def _notes(subject: Subject, cut: Cut, unprotected: Sequence[Unit]) -> tuple[str, ...]:
-    notes = [f"dense: {subject.source['note']}"] if subject.source.get("note") else []
-    notes += [cut.holder.note, f"masked and sliced logits differ by {cut.difference:.0e} of their scale"]
-    if unprotected:
-        lost = " and ".join(f"{unit}s" for unit in unprotected)
-        notes.append(f"the budget is too small to leave the end layers whole: they lost {lost} too")
-    return tuple(notes)
+    if kept is not None and kept.sparse:
+        asked = recipe.sparsify.pattern if recipe.sparsify else kept.groups
+        notes["sparsity"] = {"pattern": asked, "share": kept.share, "mask_hash": kept.mask_hash}
+    return notes

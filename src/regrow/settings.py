@@ -44,7 +44,8 @@ class Sparsify(_Part):
         default="sparsegpt", description="what scores a weight, or a solver that brings its own start; `regrow ls`"
     )
     solver: tuple[str, ...] = Field(
-        default=(), description="what becomes of the kept weights, in turn; empty = what the criterion was published with"
+        default=(),
+        description="what becomes of the kept weights, in turn; empty = what the criterion was published with",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the solvers, by name")
     spread: str = Field(default="uniform", description="how zeros are shared among layers: uniform, owl, hessian")
@@ -55,12 +56,18 @@ class Sparsify(_Part):
         "dense model's outputs as the target",
     )
     leave: tuple[str, ...] = Field(default=(), description="ends of names of linears that stay dense")
+    existing: Literal["refuse", "keep"] = Field(
+        default="refuse", description="a model that is sparse already: refuse it, or keep every zero it has"
+    )
 
 
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 
-    method: Literal["lora", "full"] = Field(default="lora", description="adapters that are merged, or all weights")
+    method: Literal["lora", "lora-masked", "spp", "hira", "ia3", "full"] = Field(
+        default="lora",
+        description="adapters that are merged, or all weights; of a sparse model, all but lora keep every zero",
+    )
     tokens: int = Field(default=100_000, ge=0, description="how many tokens are trained on; 0 = no recovery")
     text: str = Field(default="demo", description="as in `calibration`")
     block: int = Field(default=256, ge=8, description="tokens in a sequence")
@@ -75,6 +82,10 @@ class Recover(_Part):
     alpha: float = Field(default=16, gt=0, description="adapters are scaled by alpha / rank (lora)")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="before the adapters (lora)")
     checkpointing: bool = Field(default=False, description="less memory for a third more time")
+    teacher: str | None = Field(
+        default=None, description="learn from this model's predictions instead of the text's next token; same tokenizer"
+    )
+    loss: str = Field(default="forward-kl", description="how far from the teacher; `regrow ls losses`")
 
 
 class Evaluate(_Part):
@@ -103,7 +114,9 @@ class Recipe(_Part):
     about: str = Field(default="", description="one line for `regrow ls recipes`")
     paper: str = Field(default="", description="where the method is from")
     model: str = Field(default="demo", description="a hub id, a local folder, or demo")
-    keep: str = Field(default="80%", description="the budget: 80%, 108M, 220MB, kv=75%, kv=12KB, flops=70%")
+    keep: str | None = Field(
+        default="80%", description="the budget: 80%, 108M, 220MB, kv=75%, kv=12KB, flops=70%; null = no unit goes"
+    )
     axes: tuple[Axis, ...] = Field(default=("neuron", "group"), min_length=1, description="kinds of units that may go")
     split: dict[Axis, Share] = Field(
         default_factory=dict, description="how much each axis loses, relative; 1 unless named"
@@ -121,6 +134,7 @@ class Recipe(_Part):
     )
     rescale_norms: bool = Field(default=False, description="norms keep statistics over the old width (channels)")
     calibration: Calibration = Field(default=Calibration(), description="text that scores are measured on")
+    sparsify: Sparsify | None = Field(default=None, description="zeros in what stays; null = none")
     recover: Recover | None = Field(default=None, description="training after the cut; null = none")
     evaluate: Evaluate = Field(default=Evaluate(), description="what is measured before and after")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of every random choice")
@@ -129,6 +143,14 @@ class Recipe(_Part):
         default="fp32", description="what is computed in; stored in it too where the checkpoint has more bits"
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
+
+
+PARTS: dict[str, type[_Part]] = {
+    "calibration": Calibration,
+    "sparsify": Sparsify,
+    "recover": Recover,
+    "evaluate": Evaluate,
+}
 
 
 def parse(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -156,7 +178,7 @@ def _explained(error: ValidationError, where: str) -> InputError:
 
 def _keys(path: list[str]) -> list[str]:
     """The keys allowed at a place in a recipe, as paths."""
-    part: Any = {"calibration": Calibration, "recover": Recover, "evaluate": Evaluate}.get(path[0]) if path else Recipe
+    part: Any = PARTS.get(path[0]) if path else Recipe
     return [".".join([*path, name]) for name in (part or Recipe).model_fields]
 
 

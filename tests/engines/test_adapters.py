@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from regrow.engines.adapters import add_lora, check_same, layer_linears, merge, trainable_parameters
+from regrow.engines.adapters import add_adapters, check_same, layer_linears, merge, trainable_parameters
 from regrow.errors import IdentityError, SettingsError
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -81,7 +81,7 @@ def disturb(model: nn.Module, scale: float = 0.2) -> None:
 def test_fresh_adapters_change_nothing(make: Any) -> None:
     model = make()
     before = logits(model)
-    assert torch.equal(logits(add_lora(model).eval()), before)
+    assert torch.equal(logits(add_adapters(model).eval()), before)
 
 
 @pytest.mark.parametrize("make", [tiny, lambda: tiny(tied=True), uneven])
@@ -89,7 +89,7 @@ def test_merged_equals_adapted(make: Any) -> None:
     model = make()
     names = set(model.state_dict())
     base = logits(model)
-    adapted = add_lora(model)
+    adapted = add_adapters(model)
     disturb(adapted)
     expected = logits(adapted.eval())
     assert (expected - base).abs().max() > 0.1 * base.abs().max(), "the adapters must matter for this test to see"
@@ -103,7 +103,7 @@ def test_merged_equals_adapted(make: Any) -> None:
 
 
 def test_merged_model_saves_as_a_plain_one(tmp_path: Any) -> None:
-    adapted = add_lora(tiny())
+    adapted = add_adapters(tiny())
     disturb(adapted)
     merged = merge(adapted)
     merged.save_pretrained(tmp_path)
@@ -112,7 +112,7 @@ def test_merged_model_saves_as_a_plain_one(tmp_path: Any) -> None:
 
 
 def test_a_disturbed_merge_is_refused() -> None:
-    adapted = add_lora(tiny())
+    adapted = add_adapters(tiny())
     disturb(adapted)
     expected = logits(adapted.eval())
     merged = merge(adapted)
@@ -128,7 +128,7 @@ def test_a_disturbed_merge_is_refused() -> None:
 def test_merge_itself_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora import Linear
 
-    adapted = add_lora(tiny())
+    adapted = add_adapters(tiny())
     disturb(adapted)
     whole = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 0.99 * whole(self, name))
@@ -138,14 +138,14 @@ def test_merge_itself_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_half_precision_merges_in_fp32() -> None:
     model = tiny().to(torch.bfloat16)
-    adapted = add_lora(model)
+    adapted = add_adapters(model)
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
     disturb(adapted)
     assert {p.dtype for p in merge(adapted).parameters()} == {torch.float32}
 
 
 def test_every_layer_linear_and_nothing_else() -> None:
-    adapted = add_lora(tiny())
+    adapted = add_adapters(tiny())
     held = {n.split(".lora_A")[0].rpartition(".")[2] for n, p in adapted.named_parameters() if "lora_A" in n}
     assert held == set(PROJECTIONS)
     assert not [n for n, p in adapted.named_parameters() if p.requires_grad and "lora_" not in n]
@@ -155,13 +155,13 @@ def test_every_layer_linear_and_nothing_else() -> None:
 def test_count_by_hand() -> None:
     """rank * (in + out) a linear: q, o 32+32; k, v 32+16; gate, up, down 32+48."""
     by_layer = 2 * 64 + 2 * 48 + 3 * 80
-    assert trainable_parameters(add_lora(tiny(), rank=4)) == 2 * 4 * by_layer
-    assert trainable_parameters(add_lora(tiny(), rank=4, targets=("q_proj", "v_proj"))) == 2 * 4 * (64 + 48)
+    assert trainable_parameters(add_adapters(tiny(), rank=4)) == 2 * 4 * by_layer
+    assert trainable_parameters(add_adapters(tiny(), rank=4, targets=("q_proj", "v_proj"))) == 2 * 4 * (64 + 48)
 
 
 def test_uneven_layers_get_adapters_of_their_own_width() -> None:
     model = uneven()
-    adapted = add_lora(model, rank=4)
+    adapted = add_adapters(model, rank=4)
     widths = {n: tuple(p.shape) for n, p in adapted.named_parameters() if p.requires_grad}
     inside = {n.split("layers.")[1].replace(".default.weight", ""): shape for n, shape in widths.items()}
     assert inside["0.mlp.down_proj.lora_A"] == (4, 20)
@@ -180,7 +180,7 @@ def test_equal_seeds_give_equal_adapters() -> None:
     def first(seed: int) -> Tensor:
         model = tiny()
         before = torch.get_rng_state()
-        adapted = add_lora(model, seed=seed)
+        adapted = add_adapters(model, seed=seed)
         assert torch.equal(before, torch.get_rng_state())
         return next(p.detach() for n, p in adapted.named_parameters() if "lora_A" in n)
 
@@ -201,9 +201,9 @@ def test_equal_seeds_give_equal_adapters() -> None:
 )
 def test_bad_options(options: dict[str, Any], match: str) -> None:
     with pytest.raises(SettingsError, match=match):
-        add_lora(tiny(), **options)
+        add_adapters(tiny(), **options)
 
 
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(SettingsError, match="no linear to adapt"):
-        add_lora(nn.Sequential(nn.Linear(2, 2)))
+        add_adapters(nn.Sequential(nn.Linear(2, 2)))

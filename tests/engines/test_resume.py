@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from training import STEP, Stop, patterns, pull_plug, same, settings, tiny, weights
 
-from regrow.engines.adapters import add_lora
+from regrow.engines.adapters import add_adapters
 from regrow.engines.resume import fingerprint, newest, weights_fingerprint
 from regrow.engines.train import train
 from regrow.errors import OutputError, SettingsError
@@ -32,7 +32,7 @@ def test_resume_is_bit_exact(adapters: bool, after: int, tmp_path: Path) -> None
     """Interrupted before, at and after the checkpoint of step 3 with dropout on: as if nothing had happened."""
 
     def make() -> nn.Module:
-        return add_lora(tiny(), rank=2, dropout=0.2) if adapters else tiny(dropout=0.2)
+        return add_adapters(tiny(), rank=2, dropout=0.2) if adapters else tiny(dropout=0.2)
 
     whole, cut = make(), make()
     expected = train(whole, patterns(), settings(), folder=tmp_path / "whole", heldout=patterns(3))
@@ -102,12 +102,12 @@ def test_other_text_is_not_continued(tmp_path: Path) -> None:
 def test_another_model_is_not_continued(tmp_path: Path) -> None:
     """Adapters trained on one cut model must not land on another of the same shape."""
     model = tiny()
-    train(add_lora(model, rank=2), patterns(), settings(tokens=STEP), folder=tmp_path)
+    train(add_adapters(model, rank=2), patterns(), settings(tokens=STEP), folder=tmp_path)
     other = tiny()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
     with pytest.raises(SettingsError, match="weights: "):
-        train(add_lora(other, rank=2), patterns(), settings(tokens=STEP), folder=tmp_path)
+        train(add_adapters(other, rank=2), patterns(), settings(tokens=STEP), folder=tmp_path)
 
 
 def test_a_resumed_run_may_run_otherwise(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from training import STEP, VOCAB, T, patterns, same, settings, tiny, weights
 
-from regrow.engines.adapters import add_lora
+from regrow.engines.adapters import add_adapters
 from regrow.engines.resume import newest
 from regrow.engines.train import Objective, next_token, order, train
 from regrow.engines.train_settings import rate
@@ -226,7 +226,7 @@ def test_weight_decay_spares_vectors(tmp_path: Path) -> None:
 
 
 def test_adapters_alone_are_trained_and_saved(tmp_path: Path) -> None:
-    model = add_lora(tiny(), rank=2)
+    model = add_adapters(tiny(), rank=2)
     before = weights(model)
     train(model, patterns(), settings(), folder=tmp_path)
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}

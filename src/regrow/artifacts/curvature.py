@@ -29,7 +29,8 @@ class Curvature:
     @cached_property
     def dead(self) -> torch.Tensor:
         """(n,) bool: inputs that were never anything but zero; their weights never mattered."""
-        return self.raw.diagonal() == 0
+        dead: torch.Tensor = self.raw.diagonal() == 0
+        return dead
 
     @cached_property
     def gram(self) -> torch.Tensor:
@@ -57,7 +58,8 @@ class Curvature:
             lower, bad = torch.linalg.cholesky_ex(self.gram.flip(0, 1))
             if not int(bad):
                 eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-                return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+                factor: torch.Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+                return factor
             damping = self.raised = 10 * damping
             self.gram = self._damped(damping)
         raise BrokenModel(
@@ -87,4 +89,5 @@ class Curvature:
         """
         factor = self.factor
         pull = weight @ cross + weight * (self.gram.diagonal() - self.raw.diagonal())
-        return pull @ factor.T @ factor
+        nearest: torch.Tensor = pull @ factor.T @ factor
+        return nearest

@@ -31,7 +31,7 @@ def lowest(scores: torch.Tensor, pattern: Pattern, within: Within) -> torch.Tens
     if within == "matrix":
         return lowest_of_rows(scores.reshape(1, -1), pattern.count(rows * columns)).view(rows, columns)
     parts, done = [], 0
-    for part in scores.split(BLOCK, 1):
+    for part in torch.split(scores, BLOCK, 1):
         begin, done = done, done + part.numel()
         count = pattern.count(done) - pattern.count(begin)  # adds up to the count of the whole
         parts.append(lowest_of_rows(part.reshape(1, -1), count).view_as(part))
@@ -54,7 +54,7 @@ def lowest_of_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:  #
     """The `of - keep` lowest of every `of` neighbours, by counting who is lower: no sort."""
     import torch
 
-    groups = scores.unflatten(1, (-1, pattern.of))  # (m, n / M, M)
+    groups = scores.reshape(len(scores), -1, pattern.of)  # (m, n / M, M)
     rank = torch.zeros_like(groups, dtype=torch.uint8 if pattern.of < 256 else torch.int32)
     for i in range(pattern.of):
         other = groups[..., i : i + 1]  # (m, n / M, 1)

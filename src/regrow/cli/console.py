@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from regrow.errors import RegrowWarning
+
 if TYPE_CHECKING:
     from regrow.artifacts.report import Measure, Report
 
@@ -83,6 +85,12 @@ def hush() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=RegrowWarning)
+    warnings.showwarning = _warn
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

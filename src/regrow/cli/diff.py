@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,8 +15,25 @@ from regrow.errors import InputError
 Path_ = Annotated[Path, typer.Argument(help="a plan.json, a report.json, or a folder regrow wrote")]
 
 
-def diff(one: Path_, other: Path_, _seed: o.NoSeed = None, as_json: o.Json = False, quiet: o.Quiet = False) -> None:
-    """Compare two plans (units kept by one only) or two reports (their measures after)."""
+def diff(
+    one: Path_,
+    other: Path_,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="of two folders: are the zeros of the first kept?")
+    ] = False,
+    _seed: o.NoSeed = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Compare two plans (units kept by one only), two reports (measures after), or the zeros of two checkpoints."""
+    if all((p / "config.json").is_file() and not (p / "report.json").is_file() for p in (one, other)) or weights:
+        rows, columns, data = checkpoints(one, other)
+        if as_json:
+            console.emit(data)
+        elif not quiet:
+            console.table("", columns, rows)
+            print("the pattern is intact" if data["intact"] else f"{data['lost']:,} zeros were lost")
+        return
     first, second = (read(p / "report.json" if p.is_dir() else p) for p in (one, other))
     if ("layers" in first) != ("layers" in second):
         raise InputError("a plan and a report", "two plans or two reports", "name files of one kind")
@@ -54,3 +71,34 @@ def reports(first: dict[str, object], second: dict[str, object]) -> tuple[list[l
         for name in dict.fromkeys([*sides[0], *sides[1]])
     ]
     return rows, ["measure after", "first", "second"]
+
+
+def checkpoints(one: Path, other: Path) -> tuple[list[list[str]], list[str], dict[str, Any]]:
+    """Where the first is zero and the second is not, matrix by matrix."""
+    from regrow.engines.bind import bind_any
+    from regrow.engines.checkpoint import check_files, read_config
+    from regrow.engines.zeros import lost, of_folder, prunable, stored
+
+    anatomies = []
+    for folder in (one, other):
+        check_files(folder)
+        anatomies.append(bind_any(read_config(folder))[0])
+    names, shapes = prunable(anatomies[0]), [{t.name: t.shape for t in a.tensors} for a in anatomies]
+    if any(shapes[1].get(name) != shapes[0][name] for name in names):
+        raise InputError(
+            "two checkpoints of different shapes",
+            "the same matrices in both",
+            "compare a model with its own tuned form",
+        )
+    found = lost(stored(one, names), stored(other, names))
+    sides = [of_folder(folder, names) for folder in (one, other)]
+    rows = [[name, f"{count:,}"] for name, count in found.items()]
+    data = {
+        "intact": not found,
+        "lost": sum(found.values()),
+        "lost_by_matrix": found,
+        "same_mask": sides[0].mask_hash == sides[1].mask_hash,
+        "share": [side.share for side in sides],
+        "groups": [side.groups for side in sides],
+    }
+    return rows, ["matrix", "zeros of the first that the second fills"], data

@@ -25,8 +25,9 @@ def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
         from regrow.cache import cache_dir, size_bytes
 
         console.show_report(report)
-        split = {unit: share for unit, share in report.made_by["split_realised"].items() if share}
-        print("cut:    " + ", ".join(f"{100 * share:.1f} % of {unit}s" for unit, share in split.items()))
+        split = {unit: share for unit, share in report.made_by.get("split_realised", {}).items() if share}
+        if split:
+            print("cut:    " + ", ".join(f"{100 * share:.1f} % of {unit}s" for unit, share in split.items()))
         print(f"model:  {out}\nreport: {out / 'report.html'}\nload:   {load_line(report, out)}")
         print(f"cache:  {cache_dir()} ({size_bytes(cache_dir()) / 1e6:,.0f} MB; safe to delete)")
     if as_json:
@@ -34,13 +35,13 @@ def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
         console.emit({"out": str(out), **{k: data[k] for k in ("before", "after", "retention", "shape", "notes")}})
 
 
-def pages(report: Report, plan: Plan, scores: Scores, recipe: str) -> Mapping[str, str]:
+def pages(report: Report, plan: Plan | None, scores: Scores | None, recipe: str) -> Mapping[str, str]:
     """The files for people that lie beside the model."""
     from regrow.page.card import model_card
     from regrow.page.page import render
 
     card = model_card(report, load_code=load_code(report, "THIS_FOLDER"), recipe=recipe)
-    return {"report.html": render(report, plan, tables(scores), recipe), "README.md": card}
+    return {"report.html": render(report, plan, None if scores is None else tables(scores), recipe), "README.md": card}
 
 
 def tables(scores: Scores) -> dict[str, list[list[float]]]:

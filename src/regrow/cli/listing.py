@@ -14,12 +14,14 @@ Rows = list[list[str]]
 
 
 def ls(
-    kind: Annotated[str, typer.Argument(help="criteria, families, spreads, recipes, tasks or units")] = "all",
+    kind: Annotated[
+        str, typer.Argument(help="criteria, families, recipes, solvers ...; all of them by default")
+    ] = "all",
     _seed: o.NoSeed = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """List criteria, families, spreads, recipes, tasks or units."""
+    """List criteria, families, spreads, recipes, tasks, units, and what sparse models are made with."""
     kinds = {
         "criteria": (["criterion", "scores", "sees", "what", "paper"], criteria),
         "families": (["family", "model types", "cannot cut"], families),
@@ -27,6 +29,10 @@ def ls(
         "spreads": (["spread", "what"], spreads),
         "tasks": (["task", "chance"], tasks),
         "units": (["unit", "what is removed as a whole"], units),
+        "weight-criteria": (["criterion of weights", "competes within", "solver", "what", "paper"], weight_criteria),
+        "solvers": (["solver", "sees", "starts from", "what", "paper"], solvers),
+        "zero-spreads": (["spread of zeros", "what", "paper"], zero_spreads),
+        "losses": (["loss", "what", "paper"], losses),
     }
     if kind != "all" and kind not in kinds:
         raise UnknownName("kind of list", kind, [*kinds, "all"], "name one of them")
@@ -45,6 +51,30 @@ def criteria() -> Rows:
     from regrow.artifacts.sight import CRITERIA
 
     return [[c.name, " ".join(c.units), c.sees, c.about, c.paper] for _, c in CRITERIA.items()]
+
+
+def weight_criteria() -> Rows:
+    from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
+
+    return [[c.name, c.within, c.solver, c.about, c.paper] for _, c in WEIGHT_CRITERIA.items()]
+
+
+def solvers() -> Rows:
+    from regrow.artifacts.linear import SOLVERS
+
+    return [[s.name, s.sees, s.start, s.about, s.paper] for _, s in SOLVERS.items()]
+
+
+def zero_spreads() -> Rows:
+    from regrow.artifacts.share import ZERO_SPREADS
+
+    return [[s.name, s.about, s.paper] for _, s in ZERO_SPREADS.items()]
+
+
+def losses() -> Rows:
+    from regrow.artifacts.goal import DIVERGENCES
+
+    return [[d.name, d.about, d.paper] for _, d in DIVERGENCES.items()]
 
 
 def families() -> Rows:

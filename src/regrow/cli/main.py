@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from regrow.cli import diff, doctor, estimate, evaluate, inspect, listing, prune, report, run, show
+from regrow.cli import diff, doctor, estimate, evaluate, inspect, listing, prune, recover, report, run, show, sparsify
 from regrow.errors import InputError, OutputError, RegrowError
 
 INTERRUPTED = 130
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("prune")(prune.prune)
+app.command("sparsify")(sparsify.sparsify)
+app.command("recover")(recover.recover)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("estimate")(estimate.estimate)

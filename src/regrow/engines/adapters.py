@@ -1,4 +1,4 @@
-"""LoRA through peft: put adapters on, count them, merge them and prove that the merge changed nothing.
+"""Adapters through peft: put them on, count them, merge them and prove that the merge changed nothing.
 
 Adapters go on linears inside the decoder layers, found in the live model: widths may differ from layer to layer, and a
 layer may lack a branch. What this gives up: adapters that stay apart after training; regrow always merges.
@@ -7,23 +7,24 @@ layer may lack a branch. What this gives up: adapters that stay apart after trai
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from regrow.errors import IdentityError, SettingsError
+from regrow.errors import IdentityError, SettingsError, guess
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 TOLERANCE = 1e-5  # of the largest logit
 PROBE = (2, 16)  # sequences, tokens: what a merge is checked on
 
 
-def add_lora(
+def add_adapters(
     model: nn.Module,
+    kind: str = "lora",
     *,
     rank: int = 8,
     alpha: float = 16,
@@ -31,28 +32,62 @@ def add_lora(
     targets: Sequence[str] | Literal["all-linear"] = "all-linear",
     seed: int = 0,
 ) -> PeftModel:
-    """Freeze `model` and add `alpha / rank * B @ A` to its linears; B starts at zero, so nothing changes yet.
+    """Freeze `model` and add adapters of a kind in `KINDS` to its linears; nothing changes before they are trained.
 
     `targets` are the last parts of module names, such as `("q_proj", "v_proj")`; by default every linear inside the
     decoder layers, never the head or the embedding. The adapters are fp32 whatever the model is, and equal seeds give
-    equal adapters. Defaults are LLM-Pruner's recovery (arXiv:2305.11627). Raises `SettingsError`.
+    equal adapters. Defaults are LLM-Pruner's recovery by LoRA (arXiv:2305.11627). Raises `SettingsError`.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
+    if kind not in KINDS:
+        raise SettingsError(f"adapters of kind {kind!r}{guess(kind, KINDS)}", ", ".join(KINDS), "name one of them")
     _check(rank, alpha, dropout)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=_chosen(layer_linears(model), targets),
-        task_type="CAUSAL_LM",
-    )
+    config = KINDS[kind](rank, alpha, dropout, _chosen(layer_linears(model), targets))
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     config.base_model_name_or_path = None  # a cut model is not the one its config names; peft would ask the hub for it
     return adapted
+
+
+def _lora(rank: int, alpha: float, dropout: float, targets: list[str]) -> PeftConfig:
+    """W + alpha / rank * B A."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def _hira(rank: int, alpha: float, dropout: float, targets: list[str]) -> PeftConfig:  # noqa: ARG001
+    """W + W * (B A): zeros stay. It has no scale."""
+    from peft import HiraConfig
+
+    return HiraConfig(r=rank, hira_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def _ia3(rank: int, alpha: float, dropout: float, targets: list[str]) -> PeftConfig:  # noqa: ARG001
+    """Scales keys, values and the inputs of down projections, as in the paper (arXiv:2205.05638): zeros stay."""
+    from peft import IA3Config
+
+    scaled = [n for n in targets if n.endswith(("k_proj", "v_proj", "qkv_proj", "query_key_value"))]
+    inside = [n for n in targets if n.endswith(("down_proj", "dense_4h_to_h"))]
+    return IA3Config(target_modules=[*scaled, *inside], feedforward_modules=inside, task_type="CAUSAL_LM")
+
+
+def _spp(rank: int, alpha: float, dropout: float, targets: list[str]) -> PeftConfig:
+    """W + alpha / rank * W * (repeated row * column): zeros stay (arXiv:2405.16057)."""
+    from regrow.engines.spp import SppConfig
+
+    return SppConfig(r=rank, spp_alpha=alpha, spp_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+
+
+KINDS: dict[str, Callable[[int, float, float, list[str]], PeftConfig]] = {
+    "lora": _lora,
+    "hira": _hira,
+    "ia3": _ia3,
+    "spp": _spp,
+}
 
 
 def merge(model: PeftModel) -> nn.Module:

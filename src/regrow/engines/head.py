@@ -74,6 +74,20 @@ def next_token(model: Any, head: Head, ids: Tensor) -> Tensor:  # () fp32
     )
 
 
+def final_states(model: Any, ids: Tensor) -> Tensor:  # (b, T, C)
+    """What the head receives, by way of the model's own forward, so that wrappers of a distributed run see it."""
+    bare = model
+    while not hasattr(bare, "get_decoder") and hasattr(bare, "module"):
+        bare = bare.module
+    found: list[Tensor] = []
+    handle = bare.get_decoder().register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state))
+    try:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return found[0]
+
+
 @torch.no_grad()
 def trusted_head(model: Any, ids: Tensor) -> Head | None:
     """The head, when body and head give the model's own loss on a few tokens of `ids` (b, T); else None."""

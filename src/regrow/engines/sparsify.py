@@ -38,6 +38,7 @@ class Method:
     inputs: Literal["pruned", "dense", "both"] = "pruned"
     """What a block reads: what the pruned blocks before it give, what the dense model gives, or what the pruned ones
     give with the dense model's outputs as the target."""
+    keep_zeros: bool = False  # what is zero before stays zero
 
     @property
     def sees(self) -> str:
@@ -96,14 +97,43 @@ def sparsify(
             readings = observer.readings
         curvatures: dict[int, Curvature] = {}
         for matrix in chosen[i]:
-            found = readings.get(matrix.site)
-            done.append(_prune(matrix, i, found, curvatures, method, patterns[i], 1 if stream is None else len(stream)))
+            seen = readings.get(matrix.site)
+            done.append(_prune(matrix, i, seen, curvatures, method, patterns[i], 1 if stream is None else len(stream)))
         if stream is not None and method.inputs != "dense" and i + 1 < len(layers):
             for k in range(len(stream)):
                 stream[k : k + 1] = run_layer(layer, stream[k : k + 1], *calls[i])
         if progress is not None:
             progress(i + 1, len(layers))
     return done
+
+
+@torch.no_grad()
+def layer_values(
+    model: Any,
+    anatomy: Anatomy,
+    blocks: Tensor,
+    measure: Callable[[Tensor], float],
+    *,
+    leave: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[float]:
+    """`measure` of all scores |w| |x| (n,) of each layer of the dense model, in one pass."""
+    layers = list(model.get_submodule(anatomy.family.layers).children())
+    stream, calls = _enter(model, layers, blocks)
+    found = []
+    for i, layer in enumerate(layers):
+        with Observer(layer, "inputs") as observer:
+            _read(layer, stream, None, calls[i], observer, keep=True)
+        scores = []
+        for matrix in matrices(layer, f"{anatomy.family.layers}.{i}"):
+            seen = observer.readings.get(matrix.site)
+            if seen is not None and seen.tokens and not left_out(matrix.name, leave):
+                norm = seen.inputs(len(stream)).squares.sqrt()
+                scores.append((matrix.weight.abs().float() * norm).flatten())
+        found.append(measure(torch.cat(scores)))
+        if progress is not None:
+            progress(i + 1, len(layers))
+    return found
 
 
 def left_out(name: str, leave: Sequence[str]) -> bool:
@@ -114,14 +144,10 @@ def left_out(name: str, leave: Sequence[str]) -> bool:
 
 def _enter(model: Any, layers: list[nn.Module], blocks: Tensor) -> tuple[Tensor, list[Any]]:
     """The stream (n, T, d) that enters the first block, and each block's other arguments for one sequence."""
-    stream, calls = None, []
-    for i, ids in enumerate(blocks.split(1)):
-        first, calls = layer_arguments(model, layers, ids.to(model.device))
-        stream = (
-            torch.empty(len(blocks), *first.shape[1:], dtype=first.dtype, device=first.device) if i == 0 else stream
-        )
-        stream[i : i + 1] = first
-    assert stream is not None
+    first, calls = layer_arguments(model, layers, blocks[:1].to(model.device))
+    stream = torch.empty(len(blocks), *first.shape[1:], dtype=first.dtype, device=first.device)
+    for i, ids in enumerate(torch.split(blocks, 1)):
+        stream[i : i + 1], _ = layer_arguments(model, layers, ids.to(model.device))
     return stream, calls
 
 
@@ -161,14 +187,16 @@ def _prune(
     target = weight.float()
     if curvature is not None and found is not None and found.cross is not None:
         target = curvature.target(target, found.cross)
-    task = task_of(target, inputs, curvature, method.criterion, pattern)
+    empty = weight == 0 if method.keep_zeros else None
+    task = task_of(target, inputs, curvature, method.criterion, pattern, empty)
     gone = lowest(task.scores, pattern, method.criterion.within)
+    gone = gone if empty is None else gone | empty
     answer = Sparse(task.weight.masked_fill(gone, 0), gone)
     for solver, options in method.solvers:
         answer = solver.solve(task, answer, **options)
     error = None if curvature is None else _error(task.weight, answer.weight, curvature)
     weight.copy_(answer.weight)
-    weight.masked_fill_(answer.gone, 0)
+    weight.masked_fill_(answer.gone if empty is None else answer.gone | empty, 0)
     note = "" if curvature is None or not curvature.raised else f"damping raised to {curvature.raised:g}"
     return Pruned(matrix.name, layer, weight.numel(), int((weight == 0).sum()), str(pattern), error, note)
 
@@ -179,8 +207,10 @@ def task_of(
     curvature: Curvature | None,
     criterion: WeightCriterion,
     pattern: Pattern,
+    empty: Tensor | None = None,  # (m, n) bool
 ) -> Linear:
-    """The problem of one matrix (m, n) fp32. Dead inputs score nothing, so their weights go first."""
+    """The problem of one matrix (m, n) fp32. Dead inputs score nothing, so their weights go first; what is `empty`
+    goes before."""
 
     def score(part: Tensor, columns: slice) -> Tensor:
         curved: dict[str, Tensor] = {}
@@ -192,7 +222,9 @@ def task_of(
             }
         norm = None if inputs is None else inputs.squares.sqrt()[columns]
         scores = criterion.score(WeightSight(weight=part, norm=norm, **curved))
-        return scores.masked_fill(curvature.dead[columns], 0) if curved and curvature is not None else scores
+        if curved and curvature is not None:
+            scores = scores.masked_fill(curvature.dead[columns], 0)
+        return scores if empty is None else scores.masked_fill(empty[:, columns], -1)
 
     every = score(weight, slice(None))
     return Linear(weight, pattern, criterion.within, every, inputs, curvature, score if criterion.adapts else None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftConfig
@@ -86,7 +86,8 @@ class Linear(nn.Module, SppLayer):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.form: dict[str, str] = {}
-        self.spp_alpha, self.spp_beta = nn.ParameterDict({}), nn.ParameterDict({})  # (r, n) and (m,)
+        self.spp_alpha: nn.ParameterDict = nn.ParameterDict({})  # (r, n)
+        self.spp_beta: nn.ParameterDict = nn.ParameterDict({})  # (m,)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = adapter
@@ -108,8 +109,9 @@ class Linear(nn.Module, SppLayer):
         alpha = torch.empty(config.r, columns)
         nn.init.kaiming_uniform_(alpha, a=math.sqrt(5))
         self.spp_alpha[adapter], self.spp_beta[adapter] = nn.Parameter(alpha), nn.Parameter(torch.zeros(rows))
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters)
+        layer = cast(Any, self)  # PEFT is not typed
+        layer._move_adapter_to_device_of_base_layer(adapter)
+        layer.set_adapter(layer.active_adapters)
 
     def get_delta_weight(self, adapter: str) -> Tensor:  # (m, n)
         """What the adapter adds to the weight as it was before any merge."""
@@ -147,7 +149,7 @@ class Linear(nn.Module, SppLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        active = [name for name in self.active_adapters if name in self.spp_alpha]
+        active = [name for name in cast(Any, self).active_adapters if name in self.spp_alpha]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         y = self._adapted(x, active[0])

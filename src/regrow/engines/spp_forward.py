@@ -24,8 +24,9 @@ FEW = 8  # tokens below which nothing is folded: building a matrix would cost mo
 
 def delta(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:  # (m, n)
     """s A beta W: what an adapter adds to the weight; zero where the weight is."""
-    rows = weight.unflatten(0, (len(alpha), -1))  # (r, m / r, n)
-    return (scale * rows * alpha[:, None, :] * beta.view(len(alpha), -1, 1)).flatten(0, 1)
+    rows = weight.view(len(alpha), -1, weight.shape[1])  # (r, m / r, n)
+    added: Tensor = scale * rows * alpha[:, None, :] * beta.view(len(alpha), -1, 1)
+    return added.flatten(0, 1)
 
 
 def choose(dropout: float, tokens: int) -> str:
@@ -71,7 +72,7 @@ class _Folded(torch.autograd.Function):
         outer = grad.flatten(0, -2).T @ x.flatten(0, -2)  # (m, n)
         outer *= weight
         outer *= ctx.scale
-        runs = outer.unflatten(0, (len(alpha), -1)).to(alpha.dtype)  # (r, m / r, n)
+        runs = outer.view(len(alpha), -1, outer.shape[1]).to(alpha.dtype)  # (r, m / r, n)
         ups = torch.einsum("kin,kn->ki", runs, alpha).flatten()  # (m,)
         downs = torch.einsum("kin,ki->kn", runs, beta.view(len(alpha), -1))  # (r, n)
         return back, None, downs, ups, None

@@ -39,7 +39,8 @@ def census(tensors: Iterable[tuple[str, Tensor]]) -> Sparsity:
         most = {}
         for of in GROUPS:
             if weight.shape[-1] % of == 0:
-                most[of] = int((~empty).unflatten(-1, (-1, of)).sum(-1).max())
+                groups = (~empty).reshape(*weight.shape[:-1], -1, of)
+                most[of] = int(groups.sum(-1).max())
         found.append(Zeros(name, tuple(weight.shape), int(empty.sum()), most))
     return Sparsity(tuple(found), digest.hexdigest()[:16])
 

@@ -17,9 +17,13 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share of the mask that moved
 
 
 @solver(sees="gram", start="wanda", paper="arXiv:2406.07831 (ALPS)")
-def alps(task: Linear, start: Sparse, steps: int = 300, penalty: float = 0.1, polish: int = 10) -> Sparse:
-    """ADMM on mask and weights at once, then conjugate gradients; the mask it starts from is not used."""
+def alps(
+    task: Linear, start: Sparse, steps: int = 300, penalty: float = 0.1, polish: int = 10, hold: bool = False
+) -> Sparse:
+    """ADMM on mask and weights at once, then conjugate gradients; `hold` keeps the mask and leaves the second part."""
     assert task.curvature is not None
+    if hold:
+        return conjugate_gradients(task.weight, start, task.curvature.gram, steps=polish, tolerance=1e-4)
     scale, values, vectors = task.curvature.spectrum  # (n,), (n,), (n, n)
     target = task.weight * scale  # (m, n)
     pull = ((target @ vectors) * values) @ vectors.T  # target times the scaled Gram matrix

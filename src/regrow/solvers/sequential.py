@@ -98,7 +98,7 @@ def _at_once(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple
     inverse = own.T @ own  # (b, b) of the inverse Hessian of what is left
     eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
     found = []
-    for w, g in zip(part.split(ROWS), gone.split(ROWS), strict=True):
+    for w, g in zip(torch.split(part, ROWS), torch.split(gone, ROWS), strict=True):
         matrix = torch.where(g[:, :, None] & g[:, None, :], inverse, eye)  # (rows, b, b)
         found.append(torch.linalg.solve(matrix, (w * g).unsqueeze(-1)).squeeze(-1))
     error = torch.cat(found) @ own.T

@@ -10,16 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.artifacts.plan import Plan
 from regrow.engines import checkpoint
 from regrow.engines.bind import Subject
 from regrow.engines.hetero import Holder
 
 
-def export(
-    subject: Subject, holder: Holder, plan: Plan, out: Path, files: Mapping[str, str], base: Mapping[str, Any]
-) -> None:
-    """Write the cut model, its plan and `files` (name -> text) to `out`, which must not exist.
+def export(subject: Subject, holder: Holder, out: Path, files: Mapping[str, str], base: Mapping[str, Any]) -> None:
+    """Write the model and `files` (name -> text) to `out`, which must not exist.
 
     The model is freed before the folder is read back, so two are never held. `subject.model` is the reread one
     afterwards. Raises `IdentityError` when disk and memory disagree, `OutputError` when the folder cannot be written.
@@ -29,7 +26,6 @@ def export(
     device, dtype = str(subject.model.device), subject.model.dtype
     with checkpoint.staged(out) as folder:
         checkpoint.write(subject.model, subject.tokenizer, folder, subject.store, holder.code)
-        (folder / "plan.json").write_text(json.dumps(plan.to_json()), encoding="utf-8")
         (folder / checkpoint.NOTES).write_text(json.dumps(dict(base), indent=1), encoding="utf-8")
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
 """Stage recover: a short training puts back some of what the cut took; weights end rounded to the storage type.
 
-What this gives up: any goal but the next token; a teacher is another stage's business.
+The goal is the text's next token, or a teacher's predictions. Of a sparse model every zero stays, except under plain
+LoRA, which says so. What this gives up: training that moves the zeros about.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from regrow.engines import checkpoint
-from regrow.engines.adapters import add_lora, merge
+from regrow.artifacts.goal import DIVERGENCES
+from regrow.engines import checkpoint, masks
+from regrow.engines.adapters import add_adapters, merge
 from regrow.engines.bind import Subject
-from regrow.engines.train import TrainResult, train
+from regrow.engines.distil import FromTeacher, check_teacher
+from regrow.engines.train import Loss, TrainResult, next_token, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.settings import Recover
 
 Progress = Callable[[int, int, str], None]
+
+FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them"
 
 
 def recover(
@@ -28,23 +33,44 @@ def recover(
     *,
     folder: Path,
     seed: int,
+    teacher: Subject | None = None,
     heldout: Tensor | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train `subject.model` on `blocks` (n, T) by next-token loss, all weights or LoRA that is merged afterwards.
+    """Train `subject.model` on `blocks` (n, T): all weights, or adapters that are merged afterwards.
 
-    `folder` holds checkpoints: an interrupted recovery goes on where it stopped.
+    `folder` holds checkpoints: an interrupted recovery goes on where it stopped. Raises `IdentityError` when a zero of
+    a sparse model was filled by a method that keeps them.
     """
     model: Any = subject.model
     device, dtype = model.device, model.dtype
-    lora = settings.method == "lora"
-    if lora:
-        model = add_lora(model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed)
-    result = train(model, blocks, as_train(settings, seed), folder=folder, heldout=heldout, progress=progress)
-    subject.model = merge(model) if lora else model.eval()
+    goal: Loss = next_token
+    if teacher is not None:
+        check_teacher(model, teacher.model, subject.tokenizer, teacher.tokenizer)
+        goal = FromTeacher(teacher.model, DIVERGENCES.get(settings.loss))
+    empty = masks.masks_of(model, subject.anatomy)
+    adapted = settings.method != "full"
+    if adapted:
+        kind = settings.method.removesuffix("-masked")
+        model = add_adapters(model, kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed)
+    with masks.held(model, None if adapted else empty):
+        result = train(
+            model, blocks, as_train(settings, seed), folder=folder, loss=goal, heldout=heldout, progress=progress
+        )
+    subject.model = merge(model) if adapted else model.eval()
+    if empty is not None and settings.method != "lora":
+        if settings.method != "lora-masked":
+            masks.check_kept(subject.model, empty)
+        masks.put_back(subject.model, empty)
     checkpoint.round_to(subject.model, subject.store)
     subject.model.to(device=device, dtype=dtype)  # the trainer moves models, and adapters are merged in fp32
     return result
+
+
+def warning(subject: Subject, settings: Recover) -> str | None:
+    """What a user must know before the training begins."""
+    sparse = settings.method == "lora" and masks.masks_of(subject.model, subject.anatomy) is not None
+    return FILLS if sparse else None
 
 
 def as_train(settings: Recover, seed: int) -> TrainSettings:

@@ -1,0 +1,73 @@
+"""`regrow recover`: train a cut or sparse model, and write it with every zero it had."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from regrow.cli import options as o
+from regrow.cli.prune import measured_text, present
+
+
+def recover(
+    model: o.Model,
+    out: o.Out,
+    adapter: Annotated[
+        str | None, typer.Option(help="spp, lora, lora-masked, hira, ia3, or full for all weights")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="tokens to train on")] = None,
+    rank: Annotated[int | None, typer.Option(help="of the adapters")] = None,
+    alpha: Annotated[float | None, typer.Option(help="adapters are scaled by alpha / rank")] = None,
+    dropout: Annotated[float | None, typer.Option(help="before the adapters")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="the peak")] = None,
+    train_text: Annotated[
+        str | None, typer.Option("--train", help="text: demo, demo:DOMAIN, a file, or hub:NAME")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="learn from this model's predictions: a hub id, a folder, demo")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="how far from the teacher; see `regrow ls losses`")] = None,
+    text: Annotated[str | None, typer.Option(help="text to measure on: a file, demo, or none")] = None,
+    tasks: Annotated[str | None, typer.Option(help="zero-shot tasks to measure, with commas")] = None,
+    limit: Annotated[int | None, typer.Option(help="items of each task")] = None,
+    speed: Annotated[bool, typer.Option(help="measure speed and memory")] = False,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, such as recover.batch=16; repeatable")
+    ] = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.Trust = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a model on recovery text. Run it again to go on after an interruption."""
+    from regrow.cli.finish import finish
+    from regrow.cli.run import assignment, put
+    from regrow.settings import parse
+
+    data: dict[str, Any] = present(
+        name="recover",
+        model=model,
+        recover=present(
+            method=adapter,
+            tokens=tokens,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            learning_rate=learning_rate,
+            text=train_text,
+            teacher=teacher,
+            loss=loss,
+        ),
+        evaluate=present(tasks=o.names(tasks), limit=limit, speed=speed) | measured_text(text),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    data["keep"] = None
+    for item in override or []:
+        data = put(data, *assignment(item))
+    finish(parse(data, "the command line"), out, as_json=as_json, quiet=quiet)

@@ -1,0 +1,73 @@
+"""`regrow sparsify`: zeros in the weight matrices, in one shot, without recovery."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from regrow.cli import options as o
+from regrow.cli.prune import measured_text, present
+
+TOKENS, BLOCK = 8192, 512  # of calibration, unless said otherwise
+
+
+def sparsify(
+    model: o.Model,
+    out: o.Out,
+    pattern: Annotated[str, typer.Option(help="share of zeros (50%) or kept of every so many (2:4, 2:8)")] = "50%",
+    criterion: Annotated[
+        str | None, typer.Option(help="wanda, sparsegpt, magnitude, dsnot ...; see `regrow ls weight-criteria`")
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="none, update, refit, mrp, alps, dsnot; several with commas, in turn")
+    ] = None,
+    option: Annotated[str | None, typer.Option(help="options of the solvers: NAME=VALUE,...")] = None,
+    spread: Annotated[str | None, typer.Option(help="uniform, owl or hessian")] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="of the Gram matrices, as a share of their mean diagonal")
+    ] = None,
+    inputs: Annotated[str | None, typer.Option(help="what a block reads: pruned, dense (one pass) or both")] = None,
+    leave: Annotated[str | None, typer.Option(help="ends of names of linears that stay dense")] = None,
+    existing: Annotated[str | None, typer.Option(help="zeros that are there already: refuse or keep")] = None,
+    calibration: Annotated[str | None, typer.Option(help="text: demo, demo:DOMAIN, a file, or hub:NAME")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="tokens of it")] = None,
+    calibration_block: Annotated[int | None, typer.Option(help="tokens in a sequence")] = None,
+    text: Annotated[str | None, typer.Option(help="text to measure on: a file, demo, or none")] = None,
+    tasks: Annotated[str | None, typer.Option(help="zero-shot tasks to measure, with commas")] = None,
+    limit: Annotated[int | None, typer.Option(help="items of each task")] = None,
+    speed: Annotated[bool, typer.Option(help="measure speed and memory")] = False,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.Trust = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Make a model sparse, unstructured or N:M, and write a folder that stock tools load."""
+    from regrow.cli.finish import finish
+    from regrow.settings import parse
+
+    asked = present(
+        pattern=pattern,
+        criterion=criterion,
+        solver=o.names(solver),
+        options={k: o.scalar(v) for k, v in o.pairs(option, "option").items()} or None,
+        spread=spread,
+        damping=damping,
+        inputs=inputs,
+        leave=o.names(leave),
+        existing=existing,
+    )
+    data: dict[str, Any] = present(
+        name="sparsify",
+        model=model,
+        sparsify=asked,
+        calibration=present(text=calibration, tokens=calibration_tokens or TOKENS, block=calibration_block or BLOCK),
+        evaluate=present(tasks=o.names(tasks), limit=limit, speed=speed) | measured_text(text),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    finish(parse({**data, "keep": None}, "the command line"), out, as_json=as_json, quiet=quiet)

@@ -1,0 +1,79 @@
+"""Keeps the zeros of a sparse model where they are while it is trained, and proves afterwards that they are.
+
+What this gives up: one byte a weight, for the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.artifacts.shape import Anatomy
+from regrow.artifacts.sparsity import SPARSE
+from regrow.engines.zeros import prunable
+from regrow.errors import IdentityError
+
+Masks = Mapping[str, Tensor]  # by name of the weight, True where it is zero
+
+
+def masks_of(model: Any, anatomy: Anatomy) -> Masks | None:
+    """Where the weights inside decoder layers are zero; None for a model that is not sparse."""
+    parameters = dict(model.named_parameters())
+    found = {name: parameters[name].detach() == 0 for name in prunable(anatomy) if name in parameters}
+    total = sum(mask.numel() for mask in found.values())
+    zeros = sum(int(mask.sum()) for mask in found.values())
+    return found if zeros >= SPARSE * total else None
+
+
+@contextmanager
+def held(model: Any, masks: Masks | None) -> Iterator[None]:
+    """While open, gradients of masked weights are zero, so that no optimiser moves them."""
+    handles = []
+    parameters = dict(model.named_parameters())
+    try:
+        for name, mask in (masks or {}).items():
+            if parameters[name].requires_grad:
+
+                def still(weight: Tensor, mask: Tensor = mask) -> None:
+                    assert weight.grad is not None
+                    weight.grad.masked_fill_(mask.to(weight.device), 0)
+
+                handles.append(parameters[name].register_post_accumulate_grad_hook(still))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def lost(model: Any, masks: Masks) -> dict[str, int]:
+    """Zeros that are none any more, by name of the weight."""
+    parameters = dict(model.named_parameters())
+    counts = {
+        name: int((parameters[name][mask.to(parameters[name].device)] != 0).sum()) for name, mask in masks.items()
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+@torch.no_grad()
+def put_back(model: Any, masks: Masks) -> None:
+    """Zero every masked weight, with a plain +0."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].masked_fill_(mask.to(parameters[name].device), 0)
+
+
+def check_kept(model: Any, masks: Masks) -> None:
+    """Raise `IdentityError` when a zero was lost."""
+    gone = lost(model, masks)
+    if gone:
+        name, count = next(iter(gone.items()))
+        raise IdentityError(
+            f"{sum(gone.values()):,} zeros were filled, {count:,} of them in {name}",
+            "every zero of the sparse model, where it was",
+            "nothing was written; please report it",
+        )

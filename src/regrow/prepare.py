@@ -1,0 +1,124 @@
+"""What a recipe asks for, in the words of the stages, and everything about it that can be refused before hours of work.
+
+What this gives up: faults that only the model's numbers show.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regrow.artifacts.ask import SPREADS
+from regrow.artifacts.budget import Budget
+from regrow.artifacts.family import Unit
+from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.share import ZERO_SPREADS
+from regrow.engines import tokens
+from regrow.engines.bind import Subject
+from regrow.engines.texts import Part, documents, shared
+from regrow.errors import SettingsError, TextError
+from regrow.settings import Recipe
+from regrow.stages import sparsify
+from regrow.stages.evaluate import check_asked, check_length, read_text
+from regrow.stages.plan import Wish, check_wish, meet
+from regrow.stages.recover import as_train
+from regrow.stages.score import Choice, choose, reads_text
+
+RECOVERY_PARTS: tuple[Part, ...] = ("recovery", "heldout")  # what it trains on, and what its curve is measured on
+
+
+def check(recipe: Recipe) -> Wish | None:
+    """Refuse what can be refused before a model is read. Raises `InputError`; returns what is asked of the planner."""
+    if recipe.keep is None and recipe.sparsify is None and not (recipe.recover and recipe.recover.tokens):
+        raise SettingsError("a run that changes nothing", "keep, sparsify or recover", "say what is to be done")
+    if recipe.keep is not None and recipe.sparsify is not None:
+        raise SettingsError(
+            f"keep = {recipe.keep} and sparsify in one run",
+            "one of them; a cut of uniform widths can be made sparse afterwards",
+            "cut first, then `regrow sparsify` the folder",
+        )
+    wish = as_wish(recipe)
+    SPREADS.get(recipe.spread)
+    if recipe.sparsify is not None:
+        Pattern.parse(recipe.sparsify.pattern)
+        ZERO_SPREADS.get(recipe.sparsify.spread)
+        sparsify.choose(recipe.sparsify)
+    if calibrates(recipe):
+        documents(recipe.calibration.text, "calibration")
+    check_asked(recipe.evaluate)
+    _check_apart(recipe)
+    asked = recipe.recover
+    if asked is not None and asked.tokens:
+        as_train(asked, recipe.seed)
+        documents(asked.text, "recovery")
+        if asked.method == "full" and recipe.dtype != "fp32":
+            raise SettingsError(
+                f"recovery of all weights in {recipe.dtype}",
+                "fp32, where small updates are not rounded away",
+                "use --dtype fp32, or recover.method=lora",
+            )
+    return wish
+
+
+def _check_apart(recipe: Recipe) -> None:
+    """Raise `TextError` when the file to measure on holds documents that are calibrated or trained on."""
+    file = recipe.evaluate.text
+    if file is None or not Path(file).is_file():
+        return  # other sources give their held-out part
+    used: list[tuple[str, Part]] = []
+    if calibrates(recipe):
+        used.append((recipe.calibration.text, "calibration"))
+    if recipe.recover is not None and recipe.recover.tokens:
+        used.append((recipe.recover.text, "recovery"))
+    for source, part in used:
+        common = shared(read_text(file)[1], documents(source, part))
+        if common:
+            raise TextError(
+                f"{file} is to be measured on, and {common} of its paragraphs are {part} text from {source}",
+                "a text that is neither calibrated nor trained on",
+                "measure on another file, or on the held-out part of a source such as demo",
+            )
+
+
+def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
+    """Refuse what this model cannot have, before anything long begins."""
+    if wish is not None:
+        check_wish(subject.anatomy, wish)
+        meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))
+    if recipe.sparsify is not None:
+        sparsify.check(subject, recipe.sparsify)
+    check_texts(subject, recipe)
+
+
+def check_texts(subject: Subject, recipe: Recipe) -> None:
+    """Refuse text that does not fill one block before anything long begins. Raises `TextError`."""
+    check_length(subject.model, subject.tokenizer, recipe.evaluate)
+    asked = recipe.recover
+    if asked is not None and asked.tokens:
+        for part in RECOVERY_PARTS:
+            text = documents(asked.text, part)
+            tokens.blocks(text, subject.tokenizer, block=asked.block, tokens=asked.block, seed=recipe.seed)
+
+
+def calibrates(recipe: Recipe) -> bool:
+    """Whether any stage reads the calibration text."""
+    scores = recipe.keep is not None and reads_text(chosen_criteria(recipe))
+    return scores or (recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify))
+
+
+def as_wish(recipe: Recipe) -> Wish | None:
+    """What a recipe asks of the planner; None when no unit is to go."""
+    if recipe.keep is None:
+        return None
+    return Wish(
+        budget=Budget.parse(recipe.keep),
+        axes=recipe.axes,
+        split=recipe.split,
+        spread=recipe.spread,
+        uniform=recipe.uniform,
+        divisors=recipe.divisors,
+        rescale_norms=recipe.rescale_norms,
+    )
+
+
+def chosen_criteria(recipe: Recipe) -> dict[Unit, Choice]:
+    return choose(recipe.criterion, recipe.axes, recipe.criteria, recipe.options)

@@ -1,0 +1,157 @@
+"""Stage sparsify: zeros in the weight matrices of the decoder layers, in one shot; shapes stay as they are.
+
+What this gives up: speed and size; zeros in a dense checkpoint cost what other numbers cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from regrow.artifacts.linear import SOLVERS, Solver
+from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.share import ZERO_SPREADS, share
+from regrow.artifacts.sparsity import SPARSE, Sparsity
+from regrow.artifacts.weight_sight import WEIGHT_CRITERIA, WeightCriterion
+from regrow.engines import checkpoint, zeros
+from regrow.engines.bind import Subject
+from regrow.engines.sparsify import Method, Pruned, layer_values, left_out, sparsify
+from regrow.engines.trace import traces
+from regrow.errors import SettingsError, UnknownName
+from regrow.settings import Sparsify
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsified:
+    """What was done, matrix by matrix, and what is zero now in the weights as they are stored."""
+
+    asked: Pattern
+    patterns: tuple[Pattern, ...]  # one a layer
+    matrices: tuple[Pruned, ...]
+    sparsity: Sparsity
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pattern": self.asked.written,
+            "pattern_text": str(self.asked),
+            "layers": [str(pattern) for pattern in self.patterns],
+            "sparsity": self.sparsity.to_json(),
+            "errors": {m.name: m.error for m in self.matrices if m.error is not None},
+            "notes": list(self.notes),
+        }
+
+
+def choose(settings: Sparsify) -> Method:
+    """The method that settings name. Raises `UnknownName`, `SettingsError` for an option that nobody has."""
+    criterion, solvers = _named(settings.criterion)
+    if settings.solver:
+        solvers = tuple(SOLVERS.get(name) for name in settings.solver)
+    known = {option for solver in solvers for option in solver.options}
+    for option in settings.options:
+        if option not in known:
+            raise SettingsError(
+                f"option {option!r} belongs to none of the solvers {', '.join(s.name for s in solvers)}",
+                f"options: {', '.join(sorted(known)) or 'none'}",
+                "leave it out, or correct its name",
+            )
+    chosen = tuple((s, {k: v for k, v in settings.options.items() if k in s.options}) for s in solvers)
+    return Method(criterion, chosen, settings.damping, settings.inputs, settings.existing == "keep")
+
+
+def _named(name: str) -> tuple[WeightCriterion, tuple[Solver, ...]]:
+    """A criterion with what it was published with, or a solver with the start it was published with."""
+    if name in WEIGHT_CRITERIA.names():
+        criterion = WEIGHT_CRITERIA.get(name)
+        return criterion, (SOLVERS.get(criterion.solver),)
+    if name in SOLVERS.names():
+        solver = SOLVERS.get(name)
+        return WEIGHT_CRITERIA.get(solver.start), (solver,)
+    raise UnknownName("weight criterion", name, {*WEIGHT_CRITERIA.names(), *SOLVERS.names()})
+
+
+def reads_text(settings: Sparsify) -> bool:
+    return choose(settings).sees != "nothing" or ZERO_SPREADS.get(settings.spread).sees != "nothing"
+
+
+def check(subject: Subject, settings: Sparsify) -> Pattern:
+    """Refuse now what would fail later: a pattern that does not divide, names of nothing, a model sparse already."""
+    pattern = Pattern.parse(settings.pattern)
+    names = zeros.prunable(subject.anatomy)
+    shapes = {tensor.name: tensor.shape for tensor in subject.anatomy.tensors}
+    wanted = [name for name in names if not left_out(name.removesuffix(".weight"), settings.leave)]
+    for end in settings.leave:
+        if not any(left_out(name.removesuffix(".weight"), (end,)) for name in names):
+            raise SettingsError(
+                f"leave = {end!r}, which names no linear inside a decoder layer",
+                "ends of names: " + ", ".join(sorted({n.removesuffix(".weight").rpartition(".")[2] for n in names})),
+                "correct it",
+            )
+    if not wanted:
+        raise SettingsError("every linear is left out", "at least one that may become sparse", "leave fewer out")
+    for name in wanted:
+        pattern.check(name, shapes[name][-1])
+    found = zeros.of_model(subject.model, subject.anatomy)
+    if settings.existing == "refuse" and found.share >= SPARSE:
+        raise SettingsError(
+            f"{subject.source['id']} has {100 * found.share:.1f} % zeros already",
+            f"fewer than {100 * SPARSE:g} %, or word of what becomes of them",
+            "say --existing keep to leave every zero where it is, or start from the dense model",
+        )
+    return pattern
+
+
+def apply(
+    subject: Subject, settings: Sparsify, blocks: Tensor | None, *, seed: int, progress: Progress | None = None
+) -> Sparsified:
+    """Make `subject.model` sparse in place; weights end rounded to the storage type. `blocks` (n, T) int64."""
+    asked, method = check(subject, settings), choose(settings)
+    patterns = spread(subject, settings, asked, blocks, seed=seed, progress=progress)
+    say = None if progress is None else lambda done, total: progress("sparsify", done, total)
+    done = sparsify(subject.model, subject.anatomy, blocks, method, patterns, leave=settings.leave, progress=say)
+    checkpoint.round_to(subject.model, subject.store)
+    found = zeros.of_model(subject.model, subject.anatomy)
+    notes = [f"{m.name}: {m.note}" for m in done if m.note]
+    return Sparsified(asked, tuple(patterns), tuple(done), found, tuple(notes))
+
+
+def spread(
+    subject: Subject,
+    settings: Sparsify,
+    asked: Pattern,
+    blocks: Tensor | None,
+    *,
+    seed: int,
+    progress: Progress | None,
+) -> list[Pattern]:
+    """A pattern for each layer."""
+    how = ZERO_SPREADS.get(settings.spread)
+    sizes = layer_sizes(subject, settings)
+    say = None if progress is None else lambda done, total: progress(f"spread {how.name}", done, total)
+    if how.sees == "nothing":
+        values = [0.0] * len(sizes)
+    elif how.sees == "trace":
+        assert blocks is not None
+        values = traces(subject.model, subject.anatomy, blocks, seed=seed, progress=say)
+    else:
+        assert blocks is not None
+        values = layer_values(subject.model, subject.anatomy, blocks, how.measure, leave=settings.leave, progress=say)
+    return share(asked, how.offsets(values), sizes, how)
+
+
+def layer_sizes(subject: Subject, settings: Sparsify) -> list[int]:
+    """Weights of each layer that may become zero."""
+    sizes = [0] * subject.anatomy.sizes["L"]
+    names: Mapping[str, None] = dict.fromkeys(zeros.prunable(subject.anatomy))
+    for tensor in subject.anatomy.tensors:
+        if tensor.name in names and not left_out(tensor.name.removesuffix(".weight"), settings.leave):
+            total = 1
+            for size in tensor.shape:
+                total *= size
+            sizes[int(tensor.layer or 0)] += total
+    return sizes
