@@ -39,12 +39,12 @@ class Statistics:
 
 
 def magnitude(weight: Tensor, _: Statistics | None, share: float, keep: int, of: int) -> Tensor:
-    """Zeroes everything at or below the whole matrix's threshold, or the smallest of every group."""
+    """Zeroes everything up to the whole matrix's threshold, ties and all, or the smallest of every group."""
     scores = weight.abs()
     if of:
         return weight.masked_fill(groups(scores, keep, of), 0)
     edge = scores.flatten().sort().values[int(scores.numel() * share)]
-    return weight.masked_fill(scores < edge, 0)
+    return weight.masked_fill(scores <= edge, 0)
 
 
 def wanda(weight: Tensor, seen: Statistics | None, share: float, keep: int, of: int) -> Tensor:

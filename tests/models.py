@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from regrow.artifacts.family import FAMILIES, Family, Unit
+from regrow.artifacts.family import FAMILIES, UNITS, Family, Unit
 from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.shape import Anatomy
 from regrow.engines.bind import bind
@@ -55,6 +55,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma2": {**MIXED, "query_pre_attn_scalar": 4},
     "gemma3_text": {**MIXED, "query_pre_attn_scalar": 4},
     "gpt_neox": {"rotary_pct": 0.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 """What a model type needs beside the base; one that is not listed gets the base alone."""
 
@@ -95,8 +97,9 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 def families() -> list[tuple[str, Family]]:
-    """(model type, family) for every registered family and each of its model types."""
-    return [(kind, family) for _, family in FAMILIES.items() for kind in family.model_types]
+    """(model type, family) for every registered family of which something can be cut, and each of its model types."""
+    found = [family for _, family in FAMILIES.items() if set(family.refuses) != set(UNITS)]
+    return [(kind, family) for family in found for kind in family.model_types]
 
 
 def ids(rows: int = 2, length: int = LENGTH, seed: int = 3) -> Tensor:  # (rows, length) int64

@@ -19,7 +19,7 @@ from regrow.artifacts.shape import count
 from regrow.engines import checkpoint
 from regrow.engines.bind import sizes_of, why_not
 
-FAMILIES_NOW = 9
+FAMILIES_NOW, WHOLE = 11, 2  # in all; those of which no unit can go
 EXACT = 1e-5  # of the logits' scale
 KINDS = families()
 TIED = (False, True)
@@ -48,7 +48,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_head_count() -> None:
     assert len(FAMILIES.names()) == FAMILIES_NOW
-    assert len(KINDS) == len({kind for kind, _ in KINDS}) >= FAMILIES_NOW
+    assert len(KINDS) == len({kind for kind, _ in KINDS}) >= FAMILIES_NOW - WHOLE
     with_all = [kind for kind, family in KINDS if supported(kind, family) == UNITS]
     assert len(with_all) >= 8  # all but GPT-NeoX
     assert len(list(cases())) >= 8 * 6 + 3

@@ -127,11 +127,11 @@ class Linear(nn.Module, SppLayer):
         if not names:
             return
         weight = self.base_layer.weight
-        self.kept = weight.detach().clone() if self.kept is None else self.kept
         added = sum(self.get_delta_weight(name) for name in names)
         merged = (weight + added).to(weight.dtype) + 0.0
         if safe_merge and not bool(merged.isfinite().all()):
             raise ValueError(f"merging {', '.join(names)} into {self.name} gives weights that are not finite")
+        self.kept = weight.detach().clone() if self.kept is None else self.kept
         weight.copy_(merged)
         self.merged_adapters.extend(names)
 
@@ -152,12 +152,12 @@ class Linear(nn.Module, SppLayer):
         active = [name for name in cast(Any, self).active_adapters if name in self.spp_alpha]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        y = self._adapted(x, active[0])
+        y = self._adapted(x, active[0], self.base_layer.bias)
         for name in active[1:]:  # each adds its own residual to the same linear
-            y = y + self._adapted(x, name) - nn.functional.linear(x, self.base_layer.weight)
-        return y if self.base_layer.bias is None else y + self.base_layer.bias
+            y = y + self._adapted(x, name, None) - nn.functional.linear(x, self.base_layer.weight)
+        return y
 
-    def _adapted(self, x: Tensor, name: str) -> Tensor:
+    def _adapted(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
         dropout = self.dropout[name] if self.training else 0.0
         form = self.form[name]
         if form == "auto":
@@ -166,7 +166,7 @@ class Linear(nn.Module, SppLayer):
         weight, alpha, beta = self.base_layer.weight, self.spp_alpha[name], self.spp_beta[name]
         if not torch.is_autocast_enabled(x.device.type):
             alpha, beta = alpha.to(x.dtype), beta.to(x.dtype)
-        return spp_forward.FORMS[form](x, dropped, weight, alpha, beta, self.scaling[name])
+        return spp_forward.FORMS[form](x, dropped, weight, bias, alpha, beta, self.scaling[name])
 
 
 class SppModel(BaseTuner):  # type: ignore[misc]
@@ -195,9 +195,10 @@ class SppModel(BaseTuner):  # type: ignore[misc]
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
 
-    def _post_injection_hook(self, model: nn.Module, config: SppConfig, adapter_name: str) -> None:  # noqa: ARG002
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """The adapter remembers the zeros it was made for. Raises `SettingsError` on a model with others."""
-        found = mask_hash(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config, found = self.peft_config[adapter_name], mask_hash(model, adapter_name)
         if config.mask_hash not in (None, found):
             raise SettingsError(
                 f"an SPP adapter trained on zeros {config.mask_hash}, loaded on a model with zeros {found}",
@@ -207,11 +208,11 @@ class SppModel(BaseTuner):  # type: ignore[misc]
         config.mask_hash = found
 
 
-def mask_hash(model: nn.Module) -> str:
-    """16 hex digits of where the weights under adapters are zero."""
+def mask_hash(model: nn.Module, adapter: str) -> str:
+    """16 hex digits of where the weights under an adapter are zero."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and adapter in module.spp_alpha:
             weight = module.base_layer.weight if module.kept is None else module.kept
             digest.update(name.encode() + (weight == 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

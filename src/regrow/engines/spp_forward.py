@@ -34,49 +34,67 @@ def choose(dropout: float, tokens: int) -> str:
     return "lean" if dropout or tokens < FEW else "folded"
 
 
-def checkpointed(x: Tensor, dropped: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
+def checkpointed(
+    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
+) -> Tensor:
     """Builds the m x n product, and builds it again in the backward pass."""
 
     def residual(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         return F.linear(x, delta(weight, alpha, beta, scale))
 
     added: Tensor = checkpoint(residual, dropped, alpha, beta, use_reentrant=False)
-    return F.linear(x, weight) + added
+    return F.linear(x, weight, bias) + added
 
 
-def lean(x: Tensor, dropped: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
+def lean(
+    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
+) -> Tensor:
     """One thin product for each run of rows; nothing of size m x n."""
     runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
-    return F.linear(x, weight) + scale * beta * torch.cat([F.linear(dropped * a, w) for a, w in runs], -1)
+    added = scale * beta * torch.cat([F.linear(dropped * a, w) for a, w in runs], -1)
+    return F.linear(x, weight, bias) + added
 
 
-def folded(x: Tensor, dropped: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:  # noqa: ARG001
+def folded(
+    x: Tensor,
+    dropped: Tensor,  # noqa: ARG001
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    scale: float,
+) -> Tensor:
     """One product with the adapted weight, made on the way and not kept; there is no dropout."""
-    return _Folded.apply(x, weight, alpha, beta, scale)  # type: ignore[no-untyped-call,no-any-return]
+    return _Folded.apply(x, weight, bias, alpha, beta, scale)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Folded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, alpha, beta)
         ctx.scale = scale
-        return F.linear(x, weight + delta(weight, alpha, beta, scale).to(weight.dtype))
+        return F.linear(x, weight + delta(weight, alpha, beta, scale).to(weight.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, alpha, beta = ctx.saved_tensors
-        (grad,) = grads  # (..., m)
-        back = None
+        (grad,) = grads  # (..., m), under autocast in another type than x and the weight
+        back = push = None
         if ctx.needs_input_grad[0]:
-            back = grad @ (weight + delta(weight, alpha, beta, ctx.scale).to(weight.dtype))
-        outer = grad.flatten(0, -2).T @ x.flatten(0, -2)  # (m, n)
+            adapted = weight + delta(weight, alpha, beta, ctx.scale).to(weight.dtype)
+            back = (grad @ adapted.to(grad.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[2]:
+            push = grad.flatten(0, -2).sum(0)  # (m,)
+        outer = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)  # (m, n)
         outer *= weight
         outer *= ctx.scale
         runs = outer.view(len(alpha), -1, outer.shape[1]).to(alpha.dtype)  # (r, m / r, n)
         ups = torch.einsum("kin,kn->ki", runs, alpha).flatten()  # (m,)
         downs = torch.einsum("kin,ki->kn", runs, beta.view(len(alpha), -1))  # (r, n)
-        return back, None, downs, ups, None
+        return back, None, push, downs, ups, None
 
 
-Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Form = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 FORMS: dict[str, Form] = {"checkpointed": checkpointed, "lean": lean, "folded": folded}

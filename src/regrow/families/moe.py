@@ -1,14 +1,12 @@
 """Mixtral and Qwen3-MoE: attention as in Llama, experts fused into three-dimensional parameters behind a router.
 
-Neurons of experts and hidden channels stay; groups, query heads and whole layers can go, and every matrix but the
-router may become sparse.
+No unit of theirs can go yet; every matrix but the router may become sparse.
 """
 
-from regrow.artifacts.family import Family, declare
-from regrow.artifacts.layout import attention, ends, mlp, split_attention
+from regrow.artifacts.family import UNITS, Family, declare
+from regrow.artifacts.layout import attention, mlp
 
-EXPERTS = "neurons of an expert model are shared among experts, which no cut declares yet"
-STREAM = "routers and fused experts read the stream too, which no cut declares yet"
+WHY = "no cut of expert models is declared yet; `regrow sparsify` works on them"
 
 for name in ("mixtral", "qwen3_moe"):
     declare(
@@ -16,10 +14,10 @@ for name in ("mixtral", "qwen3_moe"):
             name=name,
             model_types=(name,),
             attention=attention(),
-            mlp=mlp(end="mlp"),
-            cuts={**split_attention()},
-            whole=ends(),
+            mlp=mlp(),
+            cuts={},
+            whole=(),
             routers=("mlp.gate",),
-            refuses={"neuron": EXPERTS, "channel": STREAM},
+            refuses=dict.fromkeys(UNITS, WHY),
         )
     )

@@ -31,7 +31,7 @@ def update(task: Linear, start: Sparse, hold: bool = False) -> Sparse:
 
 @solver(sees="gram", start="sparsegpt", paper="arXiv:2410.15567 (MRP)")
 def mrp(task: Linear, start: Sparse, hold: bool = False) -> Sparse:
-    """The weights of a block go at once; of N:M groups every subset is tried (unless `hold`)."""
+    """The weights of a block go at once; of N:M groups every subset is tried before (unless `hold`)."""
     return _sweep(task, start, joint=True, hold=hold)
 
 
@@ -50,7 +50,10 @@ def _sweep(task: Linear, start: Sparse, *, joint: bool, hold: bool) -> Sparse:
         part = weight[:, here].clone()
         if pattern.of and (rescore is not None or tries):
             score = None if rescore is None else (lambda w, at, a=a: rescore(w, slice(a + at, a + at + w.shape[1])))
+            whole = part.clone()
             part, gone[:, here], error = _by_groups(part, own, pattern, score, joint)
+            if joint:  # the masks of the block are known now: remove them together, which is better still
+                part, error = _at_once(whole, gone[:, here], own)
         else:
             if rescore is not None:
                 count = pattern.count(rows * b) - pattern.count(rows * a)

@@ -1,0 +1,116 @@
+"""Patterns and masks: what a user writes, exact counts, and who is lowest."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from regrow.artifacts.mask import Within, lowest, lowest_of_groups, lowest_of_rows
+from regrow.artifacts.pattern import Pattern
+from regrow.errors import SettingsError
+
+WITHIN: tuple[Within, ...] = ("row", "matrix", "block")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "zeros"),
+    [
+        ("50%", "50 % zeros", Fraction(1, 2)),
+        (" 62.5 % ", "62.5 % zeros", Fraction(5, 8)),
+        ("0%", "0 % zeros", Fraction(0)),
+        ("2:4", "50 % zeros (2 of 4 kept)", Fraction(1, 2)),
+        ("2:8", "75 % zeros (2 of 8 kept)", Fraction(3, 4)),
+        ("1 : 3", "66.6667 % zeros (1 of 3 kept)", Fraction(2, 3)),
+    ],
+)
+def test_a_percentage_counts_zeros_and_groups_count_what_is_kept(text: str, shown: str, zeros: Fraction) -> None:
+    pattern = Pattern.parse(text)
+    assert str(pattern) == shown
+    assert pattern.zeros == zeros
+    assert Pattern.parse(pattern.written) == pattern
+
+
+@pytest.mark.parametrize("text", ["", "half", "50", "100%", "120%", "-5%", "4:4", "5:4", "0:4", "2:4:8", "2/4", "nan%"])
+def test_nonsense_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="percentage of zeros"):
+        Pattern.parse(text)
+
+
+def test_a_group_must_divide_a_row() -> None:
+    Pattern.parse("2:4").check("down_proj", 8)
+    Pattern.parse("50%").check("down_proj", 7)
+    with pytest.raises(SettingsError, match="2:4 on down_proj, whose rows have 6 weights"):
+        Pattern.parse("2:4").check("down_proj", 6)
+
+
+def test_counts_are_exact_where_floats_are_not() -> None:
+    assert Pattern.parse("29%").count(100) == 29  # 0.29 * 100 is 28.999999999999996
+    assert Pattern.parse("57%").count(100) == 57
+
+
+@pytest.mark.parametrize("within", WITHIN)
+@pytest.mark.parametrize("text", ["0%", "1%", "33%", "50%", "70.5%", "99%"])
+def test_a_percentage_is_met_exactly(within: Within, text: str) -> None:
+    pattern, scores = Pattern.parse(text), torch.rand(13, 300, generator=torch.Generator().manual_seed(0))
+    gone = lowest(scores, pattern, within)
+    if within == "row":
+        assert set(gone.sum(1).tolist()) == {pattern.count(300)}
+    else:
+        assert int(gone.sum()) == pattern.count(13 * 300)
+    if within == "block":
+        for begin, end in ((0, 128), (128, 256), (256, 300)):
+            expected = pattern.count(13 * end) - pattern.count(13 * begin)
+            assert int(gone[:, begin:end].sum()) == expected
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "2:8", "3:5", "1:20"])
+def test_groups_are_exact_and_hold_the_highest(text: str) -> None:
+    pattern = Pattern.parse(text)
+    scores = torch.rand(7, 120, generator=torch.Generator().manual_seed(1))
+    gone = lowest(scores, pattern, "matrix")  # groups compete among themselves, whatever is said
+    groups, kept = gone.view(7, -1, pattern.of), scores.view(7, -1, pattern.of)
+    assert bool((groups.sum(2) == pattern.of - pattern.keep).all())
+    assert bool((kept.masked_fill(groups, 2).amin(2) >= kept.masked_fill(~groups, -1).amax(2)).all())
+
+
+def test_by_hand() -> None:
+    scores = torch.tensor([[4.0, 1, 3, 2], [8, 7, 6, 5]])
+    row = [[False, True, False, True], [False, False, True, True]]
+    assert lowest(scores, Pattern.parse("50%"), "row").tolist() == row
+    assert lowest(scores, Pattern.parse("50%"), "matrix").tolist() == [[True] * 4, [False] * 4]
+    assert lowest(scores, Pattern.parse("2:4"), "row").tolist() == row
+    pairs = [[False, True, False, True], [False, True, False, True]]
+    assert lowest(scores, Pattern.parse("1:2"), "row").tolist() == pairs
+
+
+@pytest.mark.parametrize("text", ["50%", "2:4", "4:8"])
+def test_ties_go_to_the_lower_column(text: str) -> None:
+    pattern = Pattern.parse(text)
+    gone = lowest(torch.ones(3, 8), pattern, "row")
+    if pattern.of:
+        assert gone.view(3, -1, pattern.of)[..., : pattern.of // 2].all()
+    else:
+        assert gone[:, :4].all()
+    assert int(gone.sum()) == 12
+    uneven = torch.tensor([[5.0, 1, 1, 1, 0, 9, 1, 1]])
+    assert lowest_of_rows(uneven, 3).tolist() == [[False, True, True, False, True, False, False, False]]
+
+
+def test_a_group_of_many_is_ranked_as_by_sorting() -> None:
+    pattern = Pattern.groups(100, 300)  # ranks do not fit a byte
+    scores = torch.randint(0, 50, (4, 600), generator=torch.Generator().manual_seed(2)).float()
+    order = scores.view(4, 2, 300).argsort(dim=2, stable=True)[..., :200]
+    expected = torch.zeros(4, 2, 300, dtype=torch.bool).scatter_(2, order, True).view(4, 600)
+    assert torch.equal(lowest_of_groups(scores, pattern), expected)
+
+
+def test_columns_that_move_together_move_the_mask() -> None:
+    """Of rows; groups and blocks hang on the order of the columns."""
+    scores = torch.rand(6, 256, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(4))
+    for text, within, moves in (("50%", "row", True), ("50%", "block", False), ("2:4", "row", False)):
+        pattern = Pattern.parse(text)
+        same = torch.equal(lowest(scores[:, order], pattern, within), lowest(scores, pattern, within)[:, order])
+        assert same is moves

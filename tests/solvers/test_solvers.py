@@ -1,0 +1,367 @@
+"""One battery over every registered solver, and what the papers say must hold of each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from regrow.artifacts.curvature import Curvature
+from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Sparse
+from regrow.artifacts.mask import lowest
+from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
+from regrow.engines.sparsify import task_of
+from regrow.errors import BrokenModel
+from regrow.solvers import sequential
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import plain
+
+NAMES = SOLVERS.names()
+PATTERNS = ["50%", "2:4", "2:8", "75%"]
+ROWS, COLUMNS = 24, 160  # a whole block and a part of one
+
+
+def inputs(columns: int = COLUMNS, tokens: int = 900, seed: int = 0) -> Tensor:  # (tokens, columns) fp64, correlated
+    source = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=source, dtype=torch.float64) / columns**0.5
+    scale = torch.rand(columns, generator=source, dtype=torch.float64) + 0.2
+    return (
+        torch.randn(tokens, columns, generator=source, dtype=torch.float64) @ (mix + torch.eye(columns)) * scale + 0.2
+    )
+
+
+def weights(rows: int = ROWS, columns: int = COLUMNS, seed: int = 9) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem(pattern: str, criterion: str = "sparsegpt", x: Tensor | None = None, w: Tensor | None = None) -> Linear:
+    x = inputs() if x is None else x
+    w = weights(columns=x.shape[1]) if w is None else w
+    seen = Inputs(x.square().sum(0) / 4, x.sum(0) / 4, x.var(0, correction=0))
+    return task_of(w, seen, Curvature(x.T @ x), WEIGHT_CRITERIA.get(criterion), Pattern.parse(pattern))
+
+
+def begin(task: Linear) -> Sparse:
+    gone = lowest(task.scores, task.pattern, task.within)
+    return Sparse(task.weight.masked_fill(gone, 0), gone)
+
+
+def solve(name: str, task: Linear, start: Sparse | None = None, **options: Any) -> Sparse:
+    return SOLVERS.get(name).solve(task, begin(task) if start is None else start, **options)
+
+
+def error(task: Linear, found: Tensor) -> Tensor:  # (rows,) with the damped Gram matrix
+    assert task.curvature is not None
+    gap = found - task.weight
+    return (gap @ task.curvature.gram * gap).sum(1)
+
+
+def least_squares(task: Linear, gone: Tensor) -> Tensor:
+    """Row by row: the kept weights that solve their normal equations."""
+    assert task.curvature is not None
+    gram, found = task.curvature.gram, torch.zeros_like(task.weight)
+    for row, mask in enumerate(gone):
+        kept = ~mask
+        found[row, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ task.weight[row])
+    return found
+
+
+def test_head_count() -> None:
+    assert NAMES == ["alps", "dsnot", "mrp", "none", "refit", "update"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_pattern_is_exact_and_nothing_is_written_into(name: str, pattern: str) -> None:
+    task = problem(pattern)
+    start, dense = begin(task), task.weight.clone()
+    before = start.weight.clone(), start.gone.clone()
+    found = solve(name, task, start)
+    assert torch.equal(found.weight == 0, found.gone)
+    assert int(found.gone.sum()) == task.pattern.count(ROWS * COLUMNS)
+    if task.pattern.of:
+        groups = found.gone.view(ROWS, -1, task.pattern.of).sum(2)
+        assert bool((groups == task.pattern.of - task.pattern.keep).all())
+    assert bool(found.weight.isfinite().all())
+    assert torch.equal(task.weight, dense)
+    assert torch.equal(start.weight, before[0])
+    assert torch.equal(start.gone, before[1])
+    again = solve(name, task, start)
+    assert torch.equal(again.weight, found.weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeping_everything_changes_nothing(name: str) -> None:
+    task = problem("0%")
+    found = solve(name, task)
+    assert not found.gone.any()
+    assert torch.allclose(found.weight, task.weight, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_who_is_better_on_one_mask(pattern: str) -> None:
+    """Least squares <= refit <= SparseGPT's update <= nothing, in total; least squares in every row."""
+    task = problem(pattern)
+    start = solve("update", task)
+    held = Sparse(task.weight.masked_fill(start.gone, 0), start.gone)
+    best = error(task, least_squares(task, start.gone))
+    refit = error(task, solve("refit", task, start, steps=60, tolerance=1e-9).weight)
+    update, none = error(task, start.weight), error(task, held.weight)
+    assert bool((best <= refit * (1 + 1e-9)).all())
+    assert float(refit.sum()) == pytest.approx(float(best.sum()), rel=1e-3)
+    assert best.sum() < 0.95 * update.sum() < 0.95 * none.sum()
+    assert error(task, solve("alps", task).weight).sum() < best.sum()  # its mask is better
+
+
+@pytest.mark.parametrize("name", ["update", "mrp"])
+def test_a_prefix_is_least_squares(name: str) -> None:
+    task = problem("50%")
+    gone = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    for row in range(ROWS):
+        gone[row, : 5 * row] = True
+    start = Sparse(task.weight.masked_fill(gone, 0), gone)
+    found = solve(name, task, start, hold=True)
+    assert torch.allclose(found.weight, least_squares(task, gone), atol=1e-9)
+    suffix = gone.flip(1)
+    start = Sparse(task.weight.masked_fill(suffix, 0), suffix)
+    if name == "update":
+        assert torch.allclose(solve(name, task, start, hold=True).weight, start.weight, atol=1e-12)
+
+
+def test_a_block_removed_at_once_is_least_squares() -> None:
+    task = problem("50%", x=inputs(96))  # a single block
+    found = solve("mrp", task)
+    assert torch.allclose(found.weight, least_squares(task, found.gone), atol=1e-8)
+    assert not torch.allclose(solve("update", task, hold=True).weight, least_squares(task, begin(task).gone), atol=1e-2)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_update_is_the_published_loop(pattern: str) -> None:
+    """The same masks and weights as one Python step a column, in fp64."""
+    x = inputs()
+    task = problem(pattern, x=x)
+    seen = plain.Statistics(torch.nn.Linear(COLUMNS, ROWS), hessian=True)
+    seen.hessian = 2 * (x.T @ x)
+    asked = task.pattern
+    expected = plain.sparsegpt(task.weight, seen, float(asked.zeros), asked.keep, asked.of)
+    found = solve("update", task)
+    assert torch.equal(found.weight == 0, expected == 0)
+    assert torch.allclose(found.weight, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["update", "mrp"])
+def test_with_a_given_mask_blocks_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = problem("50%", "wanda")
+    found = solve(name, task)
+    monkeypatch.setattr(sequential, "BLOCK", 32)
+    monkeypatch.setattr(sequential, "RUN", 4)
+    narrow = solve(name, task)
+    same = torch.allclose(found.weight, narrow.weight, atol=1e-9)
+    assert same is (name == "update")  # what goes at once is a block
+
+
+@pytest.mark.parametrize(("pattern", "same"), [("2:4", True), ("2:8", True), ("50%", False)])
+def test_chosen_on_the_way_blocks_matter_for_percentages_alone(
+    pattern: str, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = problem(pattern)
+    found = solve("update", task)
+    monkeypatch.setattr(sequential, "BLOCK", 32)
+    assert torch.equal(solve("update", task).gone, found.gone) is same
+
+
+@pytest.mark.parametrize("name", ["update", "mrp", "refit", "alps"])
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_the_scale_of_the_inputs_does_not_matter(name: str, pattern: str) -> None:
+    found = solve(name, problem(pattern))
+    other = solve(name, problem(pattern, x=4 * inputs()))
+    assert torch.equal(found.gone, other.gone)
+    assert torch.allclose(found.weight, other.weight, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_that_do_not_hang_together_leave_kept_weights_alone(name: str) -> None:
+    if name == "dsnot":
+        pytest.skip("never changes a weight")
+    x = torch.diag(torch.rand(COLUMNS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5)
+    task = problem("50%", x=x)
+    found = solve(name, task)
+    assert torch.allclose(found.weight, task.weight.masked_fill(found.gone, 0), atol=1e-9)
+
+
+def test_sparsegpts_score_on_such_inputs_is_wandas_squared() -> None:
+    x = torch.diag(torch.rand(COLUMNS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5)
+    task = problem("50%", x=x)
+    assert task.curvature is not None
+    assert torch.allclose(task.scores, task.weight.square() * task.curvature.gram.diagonal())
+
+
+def test_the_sum_of_squared_errors_is_the_damped_loss() -> None:
+    """SparseGPT 3.2: errors e in units of U, with |e|^2 the loss of each row."""
+    x = inputs(96)
+    task = problem("50%", "wanda", x=x)
+    assert task.curvature is not None
+    start = begin(task)
+    _, found = sequential._in_turn(task.weight.clone(), start.gone, task.curvature.factor)
+    assert torch.allclose(found.square().sum(1), error(task, solve("update", task).weight), rtol=1e-10)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:8"])
+def test_trying_every_subset_is_no_worse_than_the_lowest_two(pattern: str) -> None:
+    """Of the first group, where nothing has moved yet; on the whole of these inputs too."""
+    task = problem(pattern)
+    tried, first = solve("mrp", task), solve("mrp", task, hold=True)
+    size = task.pattern.of
+    assert task.curvature is not None
+    inverse = torch.linalg.inv(task.curvature.gram)[:size, :size]
+
+    def loss(gone: Tensor) -> Tensor:
+        rows = []
+        for w, mask in zip(task.weight[:, :size], gone[:, :size], strict=True):
+            rows.append(w[mask] @ torch.linalg.solve(inverse[mask][:, mask], w[mask]))
+        return torch.stack(rows)
+
+    assert bool((loss(tried.gone) <= loss(first.gone) + 1e-12).all())
+    assert error(task, tried.weight).sum() < error(task, first.weight).sum()
+
+
+def test_a_group_with_too_many_subsets_is_chosen_by_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = problem("2:8")
+    for name in ("update", "mrp"):
+        with_table = solve(name, task)
+        with monkeypatch.context() as patch:
+            patch.setattr(sequential, "TABLE", 1)
+            without = solve(name, task)
+        if name == "update":
+            assert torch.equal(with_table.gone, without.gone)
+            assert torch.allclose(with_table.weight, without.weight, atol=1e-9)
+        assert bool((without.gone.view(ROWS, -1, 8).sum(2) == 6).all())
+
+
+def test_holding_a_mask_keeps_it() -> None:
+    task = problem("2:4")
+    start = begin(task)
+    for name in ("update", "mrp", "alps"):
+        assert torch.equal(solve(name, task, start, hold=True).gone, start.gone)
+        assert not torch.equal(solve(name, task, start).gone, start.gone)
+
+
+# ---- DSnoT
+
+
+def means(task: Linear, gone: Tensor) -> Tensor:  # (rows,) mean output that is missing
+    assert task.inputs is not None
+    return (task.weight * task.inputs.sums * gone).sum(1)
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_swaps_keep_counts_and_weights_and_mend_the_mean(pattern: str) -> None:
+    task = problem(pattern, "wanda")
+    start = begin(task)
+    found = solve("dsnot", task, start)
+    assert torch.equal(found.gone.sum(1), start.gone.sum(1))
+    assert torch.equal(found.weight, task.weight.masked_fill(found.gone, 0))
+    assert not torch.equal(found.gone, start.gone)
+    before, after = means(task, start.gone).abs(), means(task, found.gone).abs()
+    assert after.mean() < 0.5 * before.mean()
+    if task.pattern.of:
+        assert bool((after <= before + 1e-12).all())
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_no_cycles_no_swaps(pattern: str) -> None:
+    task = problem(pattern, "wanda")
+    start = begin(task)
+    assert torch.equal(solve("dsnot", task, start, cycles=0).gone, start.gone)
+    assert torch.equal(solve("dsnot", task, start, threshold=1e9).gone, start.gone)
+
+
+def test_inputs_without_a_mean_need_no_swaps() -> None:
+    x = inputs() - inputs().mean(0)
+    task = problem("50%", "wanda", x=x)
+    start = begin(task)
+    assert torch.equal(solve("dsnot", task, start).gone, start.gone)
+
+
+def test_one_swap_by_hand() -> None:
+    """Missing mean 5 (weight 0): the pruned weight with the largest share returns; of the kept ones with a negative
+    share the one of least score goes."""
+    w = torch.tensor([[5.0, 1.0, -2.0, -9.0, 8.0, 7.0]], dtype=torch.float64)
+    ones = torch.ones(6, dtype=torch.float64)
+    gone = torch.tensor([[True, True, False, False, False, False]])
+    task = Linear(w, Pattern.parse("33%"), "row", w.abs(), Inputs(ones, ones, ones))
+    found = solve("dsnot", task, Sparse(w.masked_fill(gone, 0), gone), cycles=1)
+    assert found.gone.tolist() == [[False, True, True, False, False, False]]
+
+
+def test_a_row_that_runs_out_of_weights_stops() -> None:
+    """No kept weight has a negative share: nothing can go, so nothing returns."""
+    w = torch.arange(1.0, 9.0, dtype=torch.float64)[None]
+    ones = torch.ones(8, dtype=torch.float64)
+    task = Linear(w, Pattern.parse("50%"), "row", w.abs(), Inputs(ones, ones, ones))
+    start = begin(task)
+    assert torch.equal(solve("dsnot", task, start).gone, start.gone)
+
+
+def test_a_sparsegpt_start_is_no_prefix_of_columns() -> None:
+    task = problem("50%", "sparsegpt")
+    gone = solve("dsnot", task).gone
+    assert 0.3 < float(gone[:, : COLUMNS // 2].double().mean()) < 0.7
+
+
+# ---- curvature
+
+
+def test_the_factor_and_what_follows_from_it() -> None:
+    curvature = Curvature(inputs().T @ inputs())
+    factor, inverse = curvature.factor, torch.linalg.inv(curvature.gram)
+    assert torch.allclose(factor.T @ factor, inverse, atol=1e-12)
+    assert torch.equal(factor, factor.triu())
+    assert torch.allclose(curvature.inverse_diagonal, inverse.diagonal())
+    tail = torch.linalg.inv(curvature.gram[7:, 7:])
+    assert factor[7, 7].item() ** 2 == pytest.approx(tail[0, 0].item())
+    root, values, vectors = curvature.spectrum
+    assert torch.allclose((vectors * values) @ vectors.T * root * root[:, None], curvature.gram, atol=1e-9)
+    assert curvature.raised == 0
+
+
+def test_dead_inputs_are_found_and_their_weights_go_first() -> None:
+    x = inputs()
+    x[:, 3] = 0
+    task = problem("50%", x=x)
+    assert task.curvature is not None
+    assert task.curvature.dead.nonzero().flatten().tolist() == [3]
+    assert bool((task.scores[:, 3] == 0).all())
+    for name in ("none", "update", "mrp"):
+        assert bool(solve(name, task).gone[:, 3].all())
+    assert bool(solve("update", problem("2:4", x=x)).weight.isfinite().all())
+
+
+def test_a_singular_matrix_raises_the_damping_stepwise_and_says_so() -> None:
+    x = torch.ones(10, 12)
+    curvature = Curvature(x.T @ x, damping=0.0)
+    assert bool(curvature.factor.isfinite().all())
+    assert curvature.raised >= 1e-3
+    assert torch.equal(curvature.gram.diagonal(), curvature.raw.diagonal() * (1 + curvature.raised))
+    with pytest.raises(BrokenModel, match="singular even with a damping"):
+        _ = Curvature(-torch.eye(4), damping=0.01).factor
+
+
+def test_equal_inputs_give_the_weight_back_as_its_own_target() -> None:
+    x, w = inputs(), weights()
+    curvature = Curvature(x.T @ x)
+    assert torch.allclose(curvature.target(w, x.T @ x), w, atol=1e-9)
+
+
+def test_the_target_is_what_comes_nearest_to_the_dense_outputs() -> None:
+    x, w = inputs(), weights()
+    dense = x + 0.3 * inputs(seed=5)
+    curvature = Curvature(x.T @ x, damping=1e-13)
+    expected = torch.linalg.lstsq(x, dense @ w.T).solution.T
+    assert torch.allclose(curvature.target(w, dense.T @ x), expected, atol=1e-5)
