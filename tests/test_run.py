@@ -402,8 +402,12 @@ def test_none_at_the_python_door_is_a_recipe_s_null(
     assert asked[0].recover is None
     assert asked[0].evaluate.text is None
     assert asked[0].evaluate.tasks == ("piqa", "arc_easy")  # what was not named stays
-    with pytest.raises(SettingsError, match="keep = None"):
-        regrow.prune(str(sprout_dir), tmp_path / "cut", keep=None)
+    regrow.prune(str(sprout_dir), tmp_path / "cut", keep=None)
+    assert asked[1].keep is None
+    with pytest.raises(SettingsError, match="a run that changes nothing"):
+        road.check(asked[1])
+    with pytest.raises(SettingsError, match="model = None"):
+        regrow.prune(None, tmp_path / "cut")  # type: ignore[arg-type]
 
 
 # ---- recipes and dry runs
@@ -441,17 +445,17 @@ def test_every_recipe_parses_and_dry_runs(
     road.check(found)
     foretold = dry_run(found, gflops=100.0)
     dense, cut = foretold["before"], foretold["after"]
+    names = [row["stage"] for row in foretold["stages"]]
+    assert json.loads(json.dumps(foretold)) == foretold
+    if found.keep is None:
+        assert dense == cut
+        recovered = ["recover"] if found.recover else []
+        assert names == ["measure before", "sparsify and write", *recovered, "measure after"]
+        return
     target = float(found.keep.rstrip("%")) / 100 * dense["decoder_weights"]
     layer = dense["decoder_weights"] / (6 if size == "small" else 32)
     assert target - layer < cut["decoder_weights"] <= target
-    assert json.loads(json.dumps(foretold)) == foretold
-    assert [row["stage"] for row in foretold["stages"]] == [
-        "score",
-        "measure before",
-        "cut and write",
-        "recover",
-        "measure after",
-    ]
+    assert names == ["score", "measure before", "cut and write", "recover", "measure after"]
 
 
 def test_a_dry_run_by_hand(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ for a second on a matrix product. What this gives up: input and output, generati
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import torch
 from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import Anatomy, Shape, costs
+from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
 from regrow.engines import tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
@@ -24,6 +25,7 @@ from regrow.engines.hetero import PREFIX, holder
 from regrow.errors import MissingDemo
 from regrow.prepare import as_wish, chosen_criteria
 from regrow.settings import Evaluate, Recipe
+from regrow.stages import sparsify
 from regrow.stages.load import as_dtype
 from regrow.stages.plan import Wish, make_plan
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
 EFFICIENCY = 0.6  # of a large matrix product's speed that a whole model reaches
+WORK = 6  # copies of a matrix that a solver holds
+FACTORS = 3  # beside the readings: a Gram matrix with its damping, its factor, and what the factor is made from
 ITEM_TOKENS = 4 * 60  # of a task's item: about four choices of sixty tokens with their question
 
 
@@ -118,13 +122,33 @@ def measuring(asked: Evaluate) -> Measuring:
 def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops: float) -> list[dict[str, Any]]:
     """Tokens, minutes and peak memory of each stage; `measured` tokens are read to measure a model once."""
     dense, cut = costs(anatomy, anatomy.dense), costs(anatomy, shape)
-    asked, trained = recipe.calibration, recipe.recover
+    trained = recipe.recover
+    answers = task_logits(recipe.evaluate, anatomy)
+    logits = 4 * 3 * anatomy.sizes["V"]  # logits, log-probabilities and their gradient, fp32, a token
+    before = _row("measure before", measured, dense.flops_per_token, 4 * dense.parameters + answers, gflops)
+    if recipe.keep is None:
+        rows = [before, *sparse_rows(recipe, anatomy, dense, gflops)]
+    else:
+        rows = [*cut_rows(recipe, anatomy, dense, cut, gflops)]
+        rows.insert(1, before)
+    if trained is not None and trained.tokens:
+        held = 4 * 4 * cut.parameters if trained.method == "full" else 4 * cut.parameters
+        held += 0 if trained.teacher is None else 4 * dense.parameters
+        passes = 3 if trained.teacher is None else 4
+        peak = held + trained.micro_batch * trained.block * logits
+        rows.append(_row("recover", trained.tokens, passes * cut.flops_per_token, peak, gflops))
+    rows.append(_row("measure after", measured, cut.flops_per_token, 4 * cut.parameters + answers, gflops))
+    return rows
+
+
+def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops: float) -> list[dict[str, Any]]:
+    """Scoring and surgery."""
+    asked = recipe.calibration
     sees = {c.criterion.sees for c in chosen_criteria(recipe).values()}
     forwards = sum(PASSES.get(s, 0.0) for s in sees) + (0.6 * anatomy.sizes["L"] if "removal" in sees else 0.0)
     copies = max(SCORE_COPIES[s] for s in sees)
-    logits = 4 * 3 * anatomy.sizes["V"]  # logits, log-probabilities and their gradient, fp32, a token
-    answers = task_logits(recipe.evaluate, anatomy)
-    rows = [
+    logits = 4 * 3 * anatomy.sizes["V"]
+    return [
         _row(
             "score",
             asked.tokens if forwards else 0,
@@ -132,22 +156,37 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
             copies * 4 * dense.parameters + asked.block * logits,
             gflops,
         ),
-        _row("measure before", measured, dense.flops_per_token, 4 * dense.parameters + answers, gflops),
         _row("cut and write", 0, 0, 4 * dense.parameters + anatomy.store_bytes * cut.parameters, gflops),
     ]
-    if trained is not None and trained.tokens:
-        held = 4 * 4 * cut.parameters if trained.method == "full" else 4 * cut.parameters
-        rows.append(
-            _row(
-                "recover",
-                trained.tokens,
-                3 * cut.flops_per_token,
-                held + trained.micro_batch * trained.block * logits,
-                gflops,
-            )
-        )
-    rows.append(_row("measure after", measured, cut.flops_per_token, 4 * cut.parameters + answers, gflops))
-    return rows
+
+
+def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -> list[dict[str, Any]]:
+    """Zeros in one shot; nothing when the recipe asks for none."""
+    if recipe.sparsify is None:
+        return []
+    method, tokens = sparsify.choose(recipe.sparsify), recipe.calibration.tokens
+    passes = 0 if method.sees == "nothing" else {"pruned": 2, "dense": 1, "both": 3}[method.inputs]
+    peak = 4 * dense.parameters + sparse_bytes(
+        anatomy, method.sees, tokens, streams=2 if method.inputs == "both" else 1
+    )
+    return [_row("sparsify and write", tokens if passes else 0, passes * dense.flops_per_token, peak, gflops)]
+
+
+def sparse_bytes(anatomy: Anatomy, sees: str, tokens: int, *, streams: int = 1) -> int:
+    """Peak of one-shot sparsity beyond the model: a block's statistics, the stream, and the largest matrix at work."""
+    layer = [t for t in anatomy.tensors if t.layer == 0 and t.matrix]
+    stream = 4 * streams * tokens * anatomy.sizes["C"] if sees != "nothing" else 0
+    work = 4 * WORK * max(math.prod(t.shape[-2:]) for t in layer)
+    if sees != "gram":
+        return stream + work
+    readings: dict[tuple[str | None, bool], int] = {}
+    for tensor in layer:
+        branch = anatomy.family.attention if tensor.branch == "attention" else anatomy.family.mlp
+        experts = math.prod(tensor.shape[:-2])
+        at_end = tensor.name.removesuffix(".weight").endswith(branch.site)
+        readings[tensor.branch, at_end] = max(readings.get((tensor.branch, at_end), 0), experts * tensor.shape[-1] ** 2)
+    largest = max(t.shape[-1] for t in layer) ** 2
+    return stream + work + 4 * (sum(readings.values()) + FACTORS * largest)
 
 
 def task_logits(asked: Evaluate, anatomy: Anatomy) -> int:

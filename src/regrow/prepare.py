@@ -10,9 +10,11 @@ from pathlib import Path
 from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import Unit
+from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.share import ZERO_SPREADS
-from regrow.engines import tokens
+from regrow.engines import checkpoint, tokens
+from regrow.engines.adapters import layer_linears
 from regrow.engines.bind import Subject
 from regrow.engines.texts import Part, documents, shared
 from regrow.errors import SettingsError, TextError
@@ -49,6 +51,9 @@ def check(recipe: Recipe) -> Wish | None:
     asked = recipe.recover
     if asked is not None and asked.tokens:
         as_train(asked, recipe.seed)
+        DIVERGENCES.get(asked.loss)
+        if asked.teacher is not None:
+            checkpoint.locate(asked.teacher)
         documents(asked.text, "recovery")
         if asked.method == "full" and recipe.dtype != "fp32":
             raise SettingsError(
@@ -86,7 +91,25 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
         meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))
     if recipe.sparsify is not None:
         sparsify.check(subject, recipe.sparsify)
+    if wish is None:
+        check_rank(subject, recipe)
     check_texts(subject, recipe)
+
+
+def check_rank(subject: Subject, recipe: Recipe) -> None:
+    """Refuse a rank of SPP that does not divide the outputs of every linear. Raises `SettingsError`."""
+    asked = recipe.recover
+    if asked is None or not asked.tokens or asked.method != "spp":
+        return
+    rows = {name: len(subject.model.get_submodule(name).weight) for name in layer_linears(subject.model)}
+    for name, outputs in rows.items():
+        if outputs % asked.rank:
+            fits = [d for d in range(1, 4 * asked.rank) if not any(r % d for r in rows.values())]
+            raise SettingsError(
+                f"SPP of rank {asked.rank} on {name}, which has {outputs} outputs",
+                f"a rank that divides the outputs of every linear: {', '.join(map(str, fits))}",
+                "choose one of them",
+            )
 
 
 def check_texts(subject: Subject, recipe: Recipe) -> None:

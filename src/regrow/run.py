@@ -91,10 +91,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
             done = _sparse(subject, recipe, done.holder, progress)
     training: tuple[dict[str, float], ...] = ()
     if recipe.recover and recipe.recover.tokens:
-        said_first = warning(subject, recipe.recover) if wish is None else None
-        if said_first is not None:
-            warnings.warn(said_first, RegrowWarning, stacklevel=2)
-            done = replace(done, notes=(*done.notes, said_first))
+        done = _warned(subject, recipe, done) if wish is None else done
         with clock.stage("recover", tokens=recipe.recover.tokens):
             training, work = _recovered(subject, recipe, plan, progress)
     with clock.stage("evaluate after"):
@@ -118,6 +115,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         notes=(*([f"dense: {subject.source['note']}"] if subject.source.get("note") else []), *done.notes),
         stages=clock.stages,
         training=training,
+        sparsity=_by_layer(subject, kept, done.errors),
     )
     files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.files}
     pages = page(report, plan if wish else None, scores, files["recipe.yaml"])
@@ -134,6 +132,29 @@ class _Done:
     holder: Holder
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[int, float] = field(default_factory=dict)  # of outputs, relative, by layer
+
+
+def _by_layer(subject: Subject, kept: Sparsity | None, errors: Mapping[int, float]) -> tuple[dict[str, float], ...]:
+    """Weights, zeros and error of each layer; nothing for a model that is not sparse."""
+    if kept is None or not kept.sparse:
+        return ()
+    layer = {tensor.name: int(tensor.layer or 0) for tensor in subject.anatomy.tensors}
+    rows = [{"weights": 0.0, "zeros": 0.0} for _ in range(subject.anatomy.sizes["L"])]
+    for matrix in kept.matrices:
+        rows[layer[matrix.name]]["weights"] += matrix.weights
+        rows[layer[matrix.name]]["zeros"] += matrix.zeros
+    return tuple({**row, **({"error": errors[i]} if i in errors else {})} for i, row in enumerate(rows))
+
+
+def _warned(subject: Subject, recipe: Recipe, done: _Done) -> _Done:
+    """What a user must hear before a training begins is said now, and noted."""
+    assert recipe.recover is not None
+    said = warning(subject, recipe.recover)
+    if said is None:
+        return done
+    warnings.warn(said, RegrowWarning, stacklevel=2)
+    return replace(done, notes=(*done.notes, said))
 
 
 def _cut(subject: Subject, plan: Plan, wish: Wish) -> _Done:
@@ -149,12 +170,13 @@ def _sparse(subject: Subject, recipe: Recipe, held: Holder, progress: Progress |
     assert recipe.sparsify is not None
     blocks = calibration(subject, recipe) if calibrates(recipe) else None
     found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, progress=progress)
+    spread = " on average over the layers" if len(set(found.patterns)) > 1 else ""
     notes = (
-        f"{found.asked}; {100 * found.sparsity.share:.2f} % of the weights inside decoder layers are zero",
+        f"{found.asked}{spread}; {100 * found.sparsity.share:.2f} % of the weights inside decoder layers are zero",
         "zeros are stored as zeros: dense kernels gain nothing by them, and neither does the file",
         *found.notes,
     )
-    return _Done(held, notes, {"sparsity.json": json.dumps(found.to_json(), indent=1)})
+    return _Done(held, notes, {"sparsity.json": json.dumps(found.to_json(), indent=1)}, found.errors)
 
 
 STRUCTURED = {"axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform", "divisors"}
@@ -317,6 +339,7 @@ def _notes_of_folder(subject: Subject, out: Path, recipe: Recipe, kept: Sparsity
         "base": {k: v for k, v in source.items() if k not in ("path", "asked")},
     }
     if kept is not None and kept.sparse:
-        asked = recipe.sparsify.pattern if recipe.sparsify else kept.groups
+        known = source.get("sparsity", {}).get("pattern") or kept.groups
+        asked = recipe.sparsify.pattern if recipe.sparsify else known
         notes["sparsity"] = {"pattern": asked, "share": kept.share, "mask_hash": kept.mask_hash}
     return notes

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from regrow.engines.adapters import add_adapters, check_same, layer_linears, merge, trainable_parameters
+from regrow.artifacts.mask import lowest
+from regrow.artifacts.pattern import Pattern
+from regrow.engines.adapters import KINDS, add_adapters, check_same, layer_linears, merge, trainable_parameters
 from regrow.errors import IdentityError, SettingsError
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -207,3 +209,95 @@ def test_bad_options(options: dict[str, Any], match: str) -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(SettingsError, match="no linear to adapt"):
         add_adapters(nn.Sequential(nn.Linear(2, 2)))
+
+
+# --- every kind
+
+
+KEEPING = ("hira", "ia3", "spp")
+
+
+def sparse() -> LlamaForCausalLM:
+    """Every linear inside a layer 2:4 by magnitude."""
+    model = tiny()
+    with torch.no_grad():
+        for name in layer_linears(model):
+            weight = model.get_submodule(name).weight
+            weight[lowest(weight.abs(), Pattern.parse("2:4"), "row")] = 0.0
+    return model
+
+
+def merged_with(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of the linears before, and after random adapters were merged into them."""
+    model = sparse()
+    names = layer_linears(model)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    adapted = add_adapters(model, kind)
+    disturb(adapted)
+    merged = merge(adapted)
+    return before, {name: merged.get_submodule(name).weight.detach() for name in names}
+
+
+@pytest.mark.parametrize("make", [tiny, sparse, uneven])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fresh_adapters_of_every_kind_change_nothing(kind: str, make: Any) -> None:
+    model = make()
+    before = logits(model)
+    adapted = add_adapters(model, kind, rank=4).eval()
+    assert torch.equal(logits(adapted), before)
+    assert not [n for n, p in adapted.named_parameters() if p.requires_grad and f"{kind}_" not in n]
+    disturb(adapted)
+    expected = logits(adapted)
+    assert (expected - before).abs().max() > 0.01 * before.abs().max(), "trained adapters must matter"
+    assert (logits(merge(adapted)) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_adapters_that_scale_weights_keep_every_zero(kind: str) -> None:
+    before, after = merged_with(kind)
+    for name, weight in before.items():
+        assert torch.equal(after[name] == 0, weight == 0), name
+    moved = {name.rpartition(".")[2] for name in before if not torch.equal(after[name], before[name])}
+    assert moved == ({"k_proj", "v_proj", "down_proj"} if kind == "ia3" else set(PROJECTIONS))
+
+
+def test_plain_lora_fills_zeros() -> None:
+    """Planted: what the test above must not pass."""
+    before, after = merged_with("lora")
+    assert all(not bool((after[name][weight == 0] == 0).any()) for name, weight in before.items())
+
+
+def test_every_kind_is_lora_or_keeps_zeros() -> None:
+    assert set(KINDS) == {"lora", *KEEPING}
+
+
+@pytest.mark.parametrize(("kind", "meant"), [("lorra", "lora"), ("hirra", "hira"), ("SPP", None)])
+def test_unknown_kinds(kind: str, meant: str | None) -> None:
+    with pytest.raises(SettingsError, match=f"adapters of kind '{kind}'") as caught:
+        add_adapters(tiny(), kind)
+    assert caught.value.allowed == "lora, hira, ia3, spp"
+    assert meant is None or f"did you mean '{meant}'" in caught.value.came
+
+
+def test_settings_reach_the_adapters() -> None:
+    """Rank of hira and spp, scale of spp; ia3 has neither."""
+    adapted = add_adapters(tiny(), "spp", rank=4, alpha=6, dropout=0, targets=("q_proj",))
+    found = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert tuple(found.spp_alpha["default"].shape) == (4, 32)
+    assert found.scaling["default"] == 1.5
+    assert trainable_parameters(adapted) == 2 * (4 * 32 + 32)
+    assert trainable_parameters(add_adapters(tiny(), "hira", rank=4, targets=("q_proj",))) == 2 * 4 * 64
+    assert trainable_parameters(add_adapters(tiny(), "ia3")) == 2 * (16 + 16 + 48)
+
+
+def test_ia3_scales_only_what_it_knows() -> None:
+    with pytest.raises(SettingsError, match="ia3 adapters on o_proj, q_proj"):
+        add_adapters(tiny(), "ia3", targets=("q_proj", "o_proj"))
+    adapted = add_adapters(tiny(), "ia3", targets=("q_proj", "v_proj"))
+    assert trainable_parameters(adapted) == 2 * 16
+
+
+def test_spp_names_ranks_that_fit() -> None:
+    with pytest.raises(SettingsError, match="SPP of rank 5 on ") as caught:
+        add_adapters(tiny(), "spp", rank=5)
+    assert "1, 2, 4, 8, 16" in caught.value.allowed

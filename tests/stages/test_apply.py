@@ -28,7 +28,7 @@ def test_a_cut_in_any_type_leaves_the_folder_it_promises(sprout_dir: Path, tmp_p
     cut = apply(subject, plan)
     assert cut.difference <= checkpoint.TOLERANCE[subject.model.dtype]
     before = {name: value.clone() for name, value in subject.model.named_parameters()}
-    export(subject, cut.holder, plan, tmp_path / "out", {}, {"id": "out"})
+    export(subject, cut.holder, tmp_path / "out", {}, {"id": "out"})
     for name, value in subject.model.named_parameters():
         assert torch.equal(value, before[name]), name
     again, _ = checkpoint.read(tmp_path / "out")

@@ -52,6 +52,7 @@ class Report:
     machine: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a reader must know: carrier, chance-level tasks ...
     stages: Mapping[str, Any] = field(default_factory=dict)  # seconds and tokens each stage took
+    sparsity: tuple[Mapping[str, float], ...] = ()  # of a sparse model, a layer each: {"weights", "zeros", "error"}
     training: tuple[Mapping[str, float], ...] = ()  # {"step", "tokens", "loss", ...} of the recovery
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class Report:
 
         try:
             rest = {k: v for k, v in data.items() if k in Report.__slots__}
-            rest |= {k: tuple(data.get(k, ())) for k in ("samples", "notes", "training")}
+            rest |= {k: tuple(data.get(k, ())) for k in ("samples", "notes", "training", "sparsity")}
             return Report(**{**rest, "before": measures(data["before"]), "after": measures(data["after"])})
         except (KeyError, TypeError, AttributeError) as error:
             raise SettingsError(

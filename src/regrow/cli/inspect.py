@@ -73,8 +73,10 @@ def where_it_loads(model_type: str, uniform: bool) -> dict[str, str]:
 def zeros_of(folder: Path, anatomy: Anatomy, notes: dict[str, Any]) -> dict[str, Any]:
     """Zeros of a checkpoint: in all and by matrix, whether its pattern is kept, what sparse storage would weigh."""
     from regrow.artifacts.pattern import Pattern
+    from regrow.engines.checkpoint import check_files
     from regrow.engines.zeros import of_folder, prunable, semi_structured
 
+    check_files(folder)
     found = of_folder(folder, prunable(anatomy))
     recorded = notes.get("sparsity", {})
     kept: bool | None = None

@@ -27,7 +27,8 @@ def report(
     from regrow.page.page import drawn_maps, render
 
     data = Report.from_json(read(folder / "report.json"))
-    plan = Plan.from_json(read(folder / "plan.json"))
+    planned = folder / "plan.json"  # of a run where units went
+    plan = Plan.from_json(read(planned)) if planned.exists() else None
     maps = drawn_maps(_text(folder / "report.html"))
     page = render(data, plan, None, _text(folder / "recipe.yaml") or None, maps)
     target = out or folder / "report.html"

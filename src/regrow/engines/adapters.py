@@ -72,6 +72,12 @@ def _ia3(rank: int, alpha: float, dropout: float, targets: list[str]) -> PeftCon
 
     scaled = [n for n in targets if n.endswith(("k_proj", "v_proj", "qkv_proj", "query_key_value"))]
     inside = [n for n in targets if n.endswith(("down_proj", "dense_4h_to_h"))]
+    if not scaled and not inside:
+        raise SettingsError(
+            f"ia3 adapters on {', '.join(sorted({n.rpartition('.')[2] for n in targets}))}",
+            "keys, values or down projections among the targets",
+            "leave targets out, or choose another kind",
+        )
     return IA3Config(target_modules=[*scaled, *inside], feedforward_modules=inside, task_type="CAUSAL_LM")
 
 

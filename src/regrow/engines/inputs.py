@@ -68,15 +68,19 @@ class Reading:
             self.mean += gap * len(x) / total
         self.tokens += len(x)
 
-    def gram(self) -> Tensor:  # (n, n) fp32
+    def take_gram(self) -> Tensor:  # (n, n) fp32
+        """The whole matrix, mirrored in place; the squares are kept, the reading is used up."""
         assert self.products is not None
-        upper = self.products.triu()
-        return upper + upper.triu(1).T
+        gram, self.products = self.products, None
+        self.squares = gram.diagonal().double()
+        for a in range(0, len(gram), STRIPE):
+            b = a + STRIPE
+            gram[b:, a:b] = gram[a:b, b:].T
+        return gram
 
     def inputs(self, sequences: int) -> Inputs:
-        squares = self.squares if self.products is None else self.products.diagonal().double()
         return Inputs(
-            squares=(squares / sequences).float(),
+            squares=(self.squares / sequences).float(),
             sums=(self.mean * self.tokens / sequences).float(),
             variance=(self.spread / max(1, self.tokens)).float(),
         )

@@ -8,7 +8,7 @@ What this gives up: errors that only show behind a later block.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,10 +95,9 @@ def sparsify(
             with Observer(layer, method.sees, method.criterion.sees == "routed") as observer:
                 _read(layer, stream, dense, calls[i], observer, keep=method.inputs == "dense")
             readings = observer.readings
-        curvatures: dict[int, Curvature] = {}
-        for matrix in chosen[i]:
-            seen = readings.get(matrix.site)
-            done.append(_prune(matrix, i, seen, curvatures, method, patterns[i], 1 if stream is None else len(stream)))
+        sequences = 1 if stream is None else len(stream)
+        for reading, together in _by_reading(chosen[i], readings):
+            done += _prune_together(together, i, reading, method, patterns[i], sequences)
         if stream is not None and method.inputs != "dense" and i + 1 < len(layers):
             for k in range(len(stream)):
                 stream[k : k + 1] = run_layer(layer, stream[k : k + 1], *calls[i])
@@ -165,11 +164,33 @@ def _read(layer: nn.Module, stream: Tensor, dense: Tensor | None, call: Any, obs
             stream[i : i + 1] = output
 
 
+def _by_reading(found: Sequence[Matrix], readings: dict[str, Reading]) -> Iterator[tuple[Reading | None, list[Matrix]]]:
+    """Matrices that share a reading, with it; a reading is let go before the next is worked on."""
+    groups: dict[int, list[Matrix]] = {}
+    for matrix in found:
+        groups.setdefault(id(readings.get(matrix.site)), []).append(matrix)
+    for together in groups.values():
+        reading = readings.get(together[0].site)
+        for matrix in together:
+            readings.pop(matrix.site, None)
+        yield reading, together
+
+
+def _prune_together(
+    found: list[Matrix], layer: int, reading: Reading | None, method: Method, pattern: Pattern, sequences: int
+) -> list[Pruned]:
+    """Matrices of one reading; its curvature is made once and is gone afterwards."""
+    curvature = None
+    if reading is not None and reading.products is not None:
+        curvature = Curvature(reading.take_gram(), method.damping)
+    return [_prune(matrix, layer, reading, curvature, method, pattern, sequences) for matrix in found]
+
+
 def _prune(
     matrix: Matrix,
     layer: int,
     found: Reading | None,
-    curvatures: dict[int, Curvature],
+    curvature: Curvature | None,
     method: Method,
     pattern: Pattern,
     sequences: int,
@@ -178,12 +199,10 @@ def _prune(
     needs = method.sees != "nothing"
     if needs and (found is None or not found.tokens):
         return Pruned(matrix.name, layer, weight.numel(), int((weight == 0).sum()), str(pattern), None, "saw no token")
-    inputs = curvature = None
+    inputs = None
     if found is not None:
         inputs = found.inputs(sequences)
         check_finite(f"inputs of {matrix.name}", inputs.squares)
-        if found.products is not None:
-            curvature = curvatures.setdefault(id(found), Curvature(found.gram(), method.damping))
     target = weight.float()
     if curvature is not None and found is not None and found.cross is not None:
         target = curvature.target(target, found.cross)

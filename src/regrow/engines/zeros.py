@@ -1,12 +1,14 @@
 """Counts the zeros of a model in memory or of a folder, tensor by tensor, and tells whether a pattern is intact.
 
-What this gives up: zeros outside the decoder layers; they are nobody's pattern.
+Experts that a folder keeps apart are stacked as they are in memory, so both give one count and one hash. What this
+gives up: zeros outside the decoder layers; they are nobody's pattern.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,17 @@ from torch import Tensor
 
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.sparsity import GROUPS, Sparsity, Zeros
+from regrow.errors import BrokenModel
 
 LEAST_ROWS, LEAST_COLUMNS = 32, 64  # what torch's semi-structured kernels ask of a 16-bit matrix
+APART: dict[str, tuple[tuple[str, ...], ...]] = {
+    "mlp.experts.gate_up_proj": (
+        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+    ),
+    "mlp.experts.down_proj": (("mlp.experts.{}.down_proj.weight",), ("block_sparse_moe.experts.{}.w2.weight",)),
+}
+"""What hubs call the parts of a stack of experts, one expert at a time; parts lie below each other."""
 
 
 def prunable(anatomy: Anatomy) -> list[str]:
@@ -64,14 +75,41 @@ def of_folder(folder: Path, names: list[str]) -> Sparsity:
 
 
 def stored(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) out of the safetensors files of a folder, one at a time, in the order of `names`."""
+    """(name, tensor) out of the safetensors files of a folder, one at a time, in the order of `names`.
+
+    Raises `BrokenModel` for a name that is not there.
+    """
     where = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             where.update(dict.fromkeys(file.keys(), path))
     for name in names:
-        with safe_open(where[name], "pt") as file:
-            yield name, file.get_tensor(name)
+        yield name, torch.stack(experts) if (experts := _apart(name, where)) else _read(name, where)
+
+
+def _read(name: str, where: Mapping[str, Path]) -> Tensor:
+    if name not in where:
+        raise BrokenModel(
+            f"no weight is called {name}",
+            "a folder whose weights have the names of the model's parameters",
+            "load the model with transformers and save it again",
+        )
+    with safe_open(where[name], "pt") as file:
+        found: Tensor = file.get_tensor(name)
+    return found
+
+
+def _apart(name: str, where: Mapping[str, Path]) -> list[Tensor]:
+    """The experts of a stack that a folder keeps one by one; none when it keeps the stack."""
+    layer, _, stack = re.sub(r"(\.\d+)\.", r"\1\n", name, count=1).partition("\n")
+    for parts in APART.get(stack, ()):
+        found: list[Tensor] = []
+        while f"{layer}.{parts[0].format(len(found))}" in where:
+            expert = len(found)
+            found.append(torch.cat([_read(f"{layer}.{part.format(expert)}", where) for part in parts]))
+        if found:
+            return found
+    return []
 
 
 def semi_structured(sparsity: Sparsity) -> dict[str, str]:

@@ -38,7 +38,11 @@ class View:
 
 def stats(report: Report) -> list[Stat]:
     """Parameters, perplexity and prompt speed, as far as both sides were measured."""
-    wanted = (("parameters", "size", ("parameters",)), ("perplexity", "text", ("perplexity",)))
+    size = "nonzero_weights" if report.sparsity else "parameters"
+    wanted = (
+        (size.replace("nonzero_", "non-zero "), "size", (size,)),
+        ("perplexity", "text", ("perplexity",)),
+    )
     found = [_stat(report, label, pick(_both(report), group, *hints)) for label, group, hints in wanted]
     found.append(_stat(report, "prompt speed", pick(_both(report), "speed", "prompt", "prefill")))
     return [stat for stat in found if stat is not None]
@@ -102,7 +106,7 @@ def _stat(report: Report, label: str, path: str | None) -> Stat | None:
         return None
     before, after = report.before[path], report.after[path]
     share = ratio(before, after)
-    if label == "parameters":
+    if path.startswith("size/"):
         return Stat(label, short(before.value), short(after.value), "", f"{percent(share)} left")
     was, now = quantity(before.value, before.unit), quantity(after.value, after.unit)
     if label == "prompt speed":

@@ -23,6 +23,7 @@ from regrow.page.layers import draw
 from regrow.page.origin import shown, title
 from regrow.page.record import lines, records, stage_times
 from regrow.page.rows import NOISE_MARGIN, WORDS, groups
+from regrow.page.zeros import draw_zeros
 
 _MODELS = ("id", "asked", "model", "base_model")  # entries of a report that name a model
 _ENVIRONMENT = Environment(
@@ -61,7 +62,8 @@ def render(
         noise=f"{NOISE_MARGIN:g}",
         before=before,
         after=after,
-        shape=draw(before, after, plan) if before and after else None,
+        shape=draw(before, after, plan) if before and after and not report.sparsity else None,
+        zeros=draw_zeros(report.sparsity) if report.sparsity else None,
         maps=maps(scores, plan),
         drawn=drawn,
         planned=plan is not None,

@@ -36,6 +36,15 @@ class Sparsified:
     sparsity: Sparsity
     notes: tuple[str, ...]
 
+    @property
+    def errors(self) -> dict[int, float]:
+        """Mean relative error of the outputs of each layer's matrices, where it is known."""
+        found: dict[int, list[float]] = {}
+        for matrix in self.matrices:
+            if matrix.error is not None:
+                found.setdefault(matrix.layer, []).append(matrix.error)
+        return {layer: sum(errors) / len(errors) for layer, errors in found.items()}
+
     def to_json(self) -> dict[str, Any]:
         return {
             "pattern": self.asked.written,
@@ -60,8 +69,24 @@ def choose(settings: Sparsify) -> Method:
                 f"options: {', '.join(sorted(known)) or 'none'}",
                 "leave it out, or correct its name",
             )
+    for solver in solvers:
+        _check_values(solver, settings.options)
     chosen = tuple((s, {k: v for k, v in settings.options.items() if k in s.options}) for s in solvers)
     return Method(criterion, chosen, settings.damping, settings.inputs, settings.existing == "keep")
+
+
+def _check_values(solver: Solver, options: Mapping[str, Any]) -> None:
+    """Raise `SettingsError` for a value that is of another kind than the option's default."""
+    for name, default in solver.options.items():
+        kind = type(default)
+        value = options.get(name, default)
+        wanted = (int, float) if kind is float else (kind,)
+        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
+            raise SettingsError(
+                f"option {name}={value!r} of solver {solver.name!r}",
+                {bool: "true or false", int: "a whole number"}.get(kind, "a number"),
+                "correct the value",
+            )
 
 
 def _named(name: str) -> tuple[WeightCriterion, tuple[Solver, ...]]:

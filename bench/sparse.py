@@ -1,0 +1,118 @@
+"""One-shot sparsity of SmolLM2: our methods beside plain loops of the published ones, on the same calibration tokens.
+
+    python bench/sparse.py --text PATH/wiki.test.raw [--share 1/2]
+
+8,192 calibration tokens (16 x 512) of demo text, three seeds; perplexity on the first 20,480 tokens of the text,
+tokenised once as it is, blocks of 2048 that do not overlap. The text is used for this table only. Rows are kept, so it
+can be stopped; `--share i/n` measures every n-th row, for n processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import plain
+from cutting import calibration
+from ledger import Ledger
+from regrow.artifacts.pattern import Pattern
+from regrow.engines.bind import Subject
+from regrow.engines.checkpoint import round_to
+from regrow.engines.perplexity import block_losses
+from regrow.engines.tokens import text_blocks
+from regrow.engines.zeros import of_model
+from regrow.settings import Sparsify
+from regrow.stages import sparsify
+from regrow.stages.load import load
+
+TOKENS, BLOCK, SEEDS = 8192, 512, (0, 1, 2)
+OURS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("magnitude", {"criterion": "magnitude"}),
+    ("wanda", {"criterion": "wanda"}),
+    ("sparsegpt", {"criterion": "sparsegpt"}),
+    ("sparsegpt + refit", {"criterion": "sparsegpt", "solver": ("update", "refit")}),
+    ("mrp", {"criterion": "sparsegpt", "solver": ("mrp",)}),
+    ("alps", {"criterion": "alps"}),
+    ("alps, both", {"criterion": "alps", "inputs": "both"}),
+    ("isc", {"criterion": "isc"}),
+    ("dsnot", {"criterion": "dsnot"}),
+)
+FIRST = ("magnitude", "wanda", "sparsegpt", "alps", "alps, both")
+PATTERNS = ("50%", "2:4", "75%", "2:8")
+STILL = ("magnitude",)  # reads no text: one seed is all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--share", default="1/1")
+    asked = parser.parse_args()
+    text = asked.text.read_text()
+    mine, shares = map(int, asked.share.split("/"))
+    ledger = Ledger(
+        "sparse",
+        __doc__ or "",
+        model="demo",
+        calibration={"text": "demo", "tokens": TOKENS, "block": BLOCK},
+        evaluation={"sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": 20480, "seqlen": 2048},
+    )
+    subject = load("demo")
+    ids = text_blocks(text, subject.tokenizer, seqlen=2048, max_tokens=20480)
+    intact = {name: parameter.detach().clone() for name, parameter in subject.model.named_parameters()}
+
+    def row(seed: int, pattern: str, settings: dict[str, Any] | str) -> dict[str, Any]:
+        restore(subject, intact)
+        blocks = calibration(subject, tokens=TOKENS, block=BLOCK, seed=seed)
+        began = time.perf_counter()
+        if isinstance(settings, str):
+            wanted = Pattern.parse(pattern)
+            plain.run(subject.model, blocks, settings, float(wanted.zeros), wanted.keep, wanted.of)
+            round_to(subject.model, subject.store)
+        else:
+            sparsify.apply(subject, Sparsify(pattern=pattern, **settings), blocks, seed=seed)
+        seconds = time.perf_counter() - began
+        perplexity = math.exp(block_losses(subject.model, ids).mean())
+        found = of_model(subject.model, subject.anatomy)
+        return {
+            "perplexity": perplexity,
+            "seed": seed,
+            "zeros": found.share,
+            "groups": found.groups,
+            "seconds": seconds,
+        }
+
+    ledger.row("dense", lambda: {"perplexity": math.exp(block_losses(subject.model, ids).mean())})
+    for key, task in list(rows(row))[mine - 1 :: shares]:
+        ledger.row(key, task)
+
+
+def rows(row: Any) -> list[tuple[str, Any]]:
+    """In the order of their worth: what decides the question first, seeds after one another."""
+    found: list[tuple[str, Any]] = []
+    for names, patterns in ((FIRST, PATTERNS[:2]), (None, PATTERNS[:2]), (None, PATTERNS[2:])):
+        for seed in SEEDS:
+            for pattern in patterns:
+                for name, settings in OURS:
+                    if (names is None or name in names) and not (name in STILL and seed):
+                        found.append((f"{name} {pattern} seed {seed}", partial(row, seed, pattern, settings)))
+                for name in plain.METHODS:
+                    if not (name in STILL and seed):
+                        found.append((f"plain {name} {pattern} seed {seed}", partial(row, seed, pattern, name)))
+    return list(dict(found).items())
+
+
+@torch.no_grad()
+def restore(subject: Subject, intact: dict[str, torch.Tensor]) -> None:
+    for name, parameter in subject.model.named_parameters():
+        parameter.copy_(intact[name])
+
+
+if __name__ == "__main__":
+    main()

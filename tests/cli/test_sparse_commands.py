@@ -1,0 +1,539 @@
+"""What sparsify, recover, inspect --sparse and diff --weights print and leave behind; every pattern is exact."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from prompt import Command, Done
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models import make, tokenizer
+from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.report import Report
+from regrow.engines import checkpoint
+from regrow.settings import Recipe
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+WORDS = ("--calibration-tokens", 256, "--calibration-block", 64, "--text", "none")
+TRAIN = ("--tokens", 512, "--set", "recover.block=64", "--set", "recover.batch=2", "--rank", 8, "--text", "none")
+
+
+@pytest.fixture(scope="module")
+def tale(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that both a real tokenizer and one of a word a token can read."""
+    source, path = random.Random(0), tmp_path_factory.mktemp("tale") / "tale.txt"
+    lines = [" ".join(f"w{source.randint(3, 63)}" for _ in range(60)) for _ in range(150)]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(sprout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two layers of sprout."""
+    folder = tmp_path_factory.mktemp("short") / "short"
+    shutil.copytree(sprout_dir, folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(sprout_dir)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = None
+    checkpoint.write(model, AutoTokenizer.from_pretrained(sprout_dir), folder, torch.bfloat16, None)
+    return folder
+
+
+@pytest.fixture
+def sparsify(regrow: Command, tale: Path, tmp_path: Path) -> Callable[..., tuple[Path, Done]]:
+    """`sparsify(model, "--pattern", "2:4", out="b")` -> the folder, and what was printed."""
+
+    def call(model: Path, *arguments: object, out: str = "sparse") -> tuple[Path, Done]:
+        done = regrow("sparsify", model, "--calibration", tale, *WORDS, "--out", tmp_path / out, "--json", *arguments)
+        assert done.code == 0, done.err
+        return tmp_path / out, done
+
+    return call
+
+
+Sparsifier = Callable[..., tuple[Path, Done]]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are continued, and memory collected, by other tests and once below."""
+    monkeypatch.setattr("regrow.run.write_samples", lambda *seen: ["" for _ in seen[2]])
+    monkeypatch.setattr(checkpoint.gc, "collect", lambda: 0)
+
+
+@pytest.fixture(scope="module")
+def two_of_four(sprout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sprout with a 2:4 pattern by Wanda, on demo texts, for commands that only read."""
+    from regrow.cli.main import main
+
+    out = tmp_path_factory.mktemp("wanda") / "sparse"
+    ask = ("sparsify", sprout_dir, "--criterion", "wanda", "--pattern", "2:4", *WORDS, "--out", out, "-q")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGROW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert main([str(a) for a in ask]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def thin(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of it with half of each output's weights, which stands in no groups, for recovery."""
+    from regrow.cli.main import main
+
+    out = tmp_path_factory.mktemp("thin") / "thin"
+    ask = ("sparsify", short, "--criterion", "magnitude", "--pattern", "50%", "--text", "none", "--out", out, "-q")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGROW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert main([str(a) for a in ask]) == 0
+    return out
+
+
+# ---- what is looked at
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor, as stock transformers load it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def matrices(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: w for n, w in found.items() if n.removesuffix(".weight").rpartition(".")[2] in PROJECTIONS}
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def check_pattern(found: dict[str, Tensor], pattern: Pattern) -> None:
+    """Every group has exactly so many weights; of a percentage, every matrix has exactly so many zeros."""
+    for name, weight in matrices(found).items():
+        if pattern.of:
+            groups = (weight != 0).reshape(-1, pattern.of).sum(-1)
+            assert set(groups.tolist()) == {pattern.keep}, name
+        else:
+            assert int((weight == 0).sum()) == pattern.count(weight.numel()), name
+        assert not bool(weight.signbit()[weight == 0].any()), name  # -0.0 is a zero, but not to every kernel
+
+
+def check_manifest(folder: Path, pattern: Pattern) -> str:
+    """regrow.json, sparsity.json, report.json and recipe.yaml say one thing; returns the mask hash."""
+    noted, said, report = read(folder, "regrow.json")["sparsity"], read(folder, "sparsity.json"), read_report(folder)
+    census = said["sparsity"]
+    assert noted == {"pattern": pattern.written, "share": census["share"], "mask_hash": census["mask_hash"]}
+    assert (said["pattern"], said["pattern_text"]) == (pattern.written, str(pattern))
+    assert said["notes"] == []
+    assert set(census["matrices"]) == set(matrices(weights(folder)))
+    assert census["zeros"] == sum(m["zeros"] for m in census["matrices"].values())
+    assert report.after["size/nonzero_weights"].value == census["weights"] - census["zeros"]
+    assert report.before["size/nonzero_weights"].value == census["weights"]
+    assert report.made_by["budget"] == str(pattern)
+    recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    assert recipe.keep is None
+    assert recipe.sparsify is not None
+    assert recipe.sparsify.pattern == pattern.written
+    assert not (folder / "plan.json").exists()
+    return str(noted["mask_hash"])
+
+
+def read_report(folder: Path) -> Report:
+    return Report.from_json(read(folder, "report.json"))
+
+
+def untouched(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Embedding, head, norms, biases and routers are what they were, bit for bit."""
+    others = set(before) - set(matrices(before))
+    assert others
+    assert any("embed" in name for name in others)
+    for name in others:
+        assert torch.equal(before[name], after[name]), name
+
+
+def kept_as_they_were(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    """Whether every weight that is left is the one it was."""
+    pairs = [(weight, after[name]) for name, weight in matrices(before).items()]
+    return all(torch.equal(old[new != 0], new[new != 0]) for old, new in pairs)
+
+
+# ---- sparsify
+
+
+@pytest.mark.parametrize("text", ["50%", "2:4", "2:8"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt", "dsnot"])
+def test_a_pattern_is_exact(sparsify: Sparsifier, short: Path, criterion: str, text: str) -> None:
+    folder, done = sparsify(short, "--criterion", criterion, "--pattern", text)
+    pattern = Pattern.parse(text)
+    before, after = weights(short), weights(folder)
+    check_pattern(after, pattern)
+    untouched(before, after)
+    assert kept_as_they_were(before, after) is (criterion != "sparsegpt")
+    assert check_manifest(folder, pattern)
+    if text == "50%" and criterion in ("wanda", "dsnot"):  # outputs compete within themselves
+        rows = {int(n) for w in matrices(after).values() for n in ((w == 0).sum(1) * 2 - w.shape[1]).tolist()}
+        assert rows == {0}
+    said = {"50%": "50 % zeros", "2:4": "50 % zeros (2 of 4 kept)", "2:8": "75 % zeros (2 of 8 kept)"}[text]
+    assert f"{said}; {100 * float(pattern.zeros):.2f} % of the weights" in done.out
+    assert "dense kernels gain nothing" in done.out
+    assert f"model:  {folder}" in done.out
+    assert set(done.json) == {"out", "before", "after", "retention", "shape", "notes"}
+    assert done.json["shape"]["before"] == done.json["shape"]["after"]
+    errors = read(folder, "sparsity.json")["errors"]
+    assert (len(errors) == 14 and all(0 < e < 1 for e in errors.values())) if criterion == "sparsegpt" else not errors
+
+
+def test_what_breaks_a_pattern_is_seen(two_of_four: Path) -> None:
+    """The check above is no rubber stamp: one weight too many, one too few, a negative zero."""
+    found = weights(two_of_four)
+    check_pattern(found, Pattern.parse("2:4"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value, where in ((1.0, 0), (0.0, 1), (-0.0, 0)):
+        planted = {n: w.clone() for n, w in found.items()}
+        row = planted[name][5]
+        row[(row != 0).nonzero()[0, 0] if where else (row == 0).nonzero()[0, 0]] = value
+        with pytest.raises(AssertionError):
+            check_pattern(planted, Pattern.parse("2:4"))
+    with pytest.raises(AssertionError):
+        check_pattern(found, Pattern.parse("2:8"))
+
+
+def test_a_folder_holds_what_a_user_needs(two_of_four: Path) -> None:
+    names = {path.name for path in two_of_four.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "report.html", "README.md"} <= names
+    report, card = read_report(two_of_four), (two_of_four / "README.md").read_text(encoding="utf-8")
+    assert report.model["holder"] == "stock"
+    assert "50 % zeros (2 of 4 kept)" in card
+    assert "trust_remote_code" not in card.partition("## Make it again")[0]
+    assert report.after["size/bitmask_bytes"].value < report.before["size/bitmask_bytes"].value
+    assert report.after["size/file_bytes"] == report.before["size/file_bytes"]  # zeros are stored as zeros
+    page = (two_of_four / "report.html").read_text(encoding="utf-8")
+    assert "50 % zeros (2 of 4 kept)" in page
+
+
+def test_solvers_in_turn(sparsify: Sparsifier, short: Path) -> None:
+    """A refit after the update leaves less error on the same mask, in the layer whose inputs are the same."""
+    ask = ("--criterion", "wanda", "--pattern", "2:4", "--solver")
+    alone, _ = sparsify(short, *ask, "update", out="alone")
+    both, _ = sparsify(short, *ask, "update,refit", "--option", "steps=12", out="both")
+    held, refitted = weights(alone), weights(both)
+    for name in (n for n in matrices(held) if ".layers.0." in n):
+        assert torch.equal(held[name] == 0, refitted[name] == 0), name
+        assert not torch.equal(held[name], refitted[name]), name
+    before, after = (read(folder, "sparsity.json")["errors"] for folder in (alone, both))
+    first = [name for name in before if ".layers.0." in name]
+    assert len(first) == 7
+    assert all(after[name] < before[name] for name in first)
+    recipe = yaml.safe_load((both / "recipe.yaml").read_text(encoding="utf-8"))["sparsify"]
+    assert (recipe["solver"], recipe["options"]) == (["update", "refit"], {"steps": 12})
+    check_pattern(refitted, Pattern.parse("2:4"))
+
+
+def test_what_a_block_reads(sparsify: Sparsifier, short: Path) -> None:
+    """The first block reads the same whatever is asked, but for rounding; the second does not."""
+    ask = ("--criterion", "sparsegpt", "--pattern", "2:4", "--inputs")
+    usual = weights(sparsify(short, *ask, "pruned", out="pruned")[0])
+    for inputs in ("dense", "both"):
+        other = weights(sparsify(short, *ask, inputs, out=inputs)[0])
+        check_pattern(other, Pattern.parse("2:4"))
+        same = {n: float(((usual[n] == 0) == (other[n] == 0)).float().mean()) for n in matrices(usual)}
+        assert min(share for n, share in same.items() if ".layers.0." in n) > 0.995
+        assert min(share for n, share in same.items() if ".layers.1." in n) < 0.99
+
+
+def test_a_spread_by_outliers(sparsify: Sparsifier, short: Path) -> None:
+    folder, done = sparsify(short, "--criterion", "wanda", "--spread", "owl", "--pattern", "2:8")
+    layers = read(folder, "sparsity.json")["layers"]
+    assert sorted(layers) == ["62.5 % zeros (3 of 8 kept)", "87.5 % zeros (1 of 8 kept)"]
+    assert "75 % zeros (2 of 8 kept) on average over the layers; 75.00 % of" in done.out
+    found = matrices(weights(folder))
+    for i, said in enumerate(layers):
+        keep = int(said.partition("(")[2][0])
+        check_pattern({n: w for n, w in found.items() if f".layers.{i}." in n}, Pattern.groups(keep, 8))
+    assert "spread owl" in done.err
+    uneven, done = sparsify(short, "--criterion", "magnitude", "--spread", "owl", "--pattern", "50%", out="uneven")
+    shares = [float(Pattern.parse(t.partition(" zeros")[0]).zeros) for t in read(uneven, "sparsity.json")["layers"]]
+    assert max(shares) - min(shares) == pytest.approx(0.16, abs=1e-5)
+    assert "50 % zeros on average over the layers" in done.out
+
+
+def test_linears_that_are_left_dense(sparsify: Sparsifier, short: Path) -> None:
+    folder, _ = sparsify(short, "--criterion", "magnitude", "--pattern", "2:4", "--leave", "o_proj,1.mlp.up_proj")
+    before, after = weights(short), weights(folder)
+    left = [n for n in matrices(before) if n.endswith(("o_proj.weight", "1.mlp.up_proj.weight"))]
+    assert len(left) == 3
+    assert all(torch.equal(before[n], after[n]) for n in left)
+    check_pattern({n: w for n, w in after.items() if n not in left}, Pattern.parse("2:4"))
+
+
+def test_equal_seeds_give_equal_masks(sparsify: Sparsifier, short: Path) -> None:
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder, _ = sparsify(short, "--criterion", "wanda", "--pattern", "2:4", "--seed", seed, out=name)
+        found.append((check_manifest(folder, Pattern.parse("2:4")), (folder / "model.safetensors").read_bytes()))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+
+
+def test_quiet_prints_one_line_or_none(regrow: Command, short: Path, tmp_path: Path, tale: Path) -> None:
+    ask = ("sparsify", short, "--criterion", "wanda", "--calibration", tale, *WORDS, "-q", "--out")
+    assert regrow(*ask, tmp_path / "a") == Done(0, "", "")
+    done = regrow(*ask, tmp_path / "b", "--json")
+    assert (done.code, done.err, len(done.out.splitlines())) == (0, "", 1)
+    assert done.json["out"] == str(tmp_path / "b")
+
+
+# ---- inspect, diff, report
+
+
+def tampered(folder: Path, out: Path, fill: float = 0.5) -> Path:
+    """A copy with one zero filled."""
+    shutil.copytree(folder, out)
+    stored = load_file(out / "model.safetensors")
+    row = stored["model.layers.0.mlp.up_proj.weight"][3]
+    row[(row == 0).nonzero()[0]] = fill
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_inspect_sparse(regrow: Command, two_of_four: Path, sprout_dir: Path, tmp_path: Path) -> None:
+    done = regrow("inspect", two_of_four, "--sparse", "--json")
+    assert done.code == 0, done.err
+    found = done.json["sparsity"]
+    assert (found["weights"], found["zeros"], found["share"]) == (1_105_920, 552_960, 0.5)
+    assert (found["groups"], found["pattern"]) == ("2:4", "50 % zeros (2 of 4 kept)")
+    assert found["mask_intact"] is True
+    assert found["mask_hash"] == read(two_of_four, "regrow.json")["sparsity"]["mask_hash"]
+    assert len(found["matrices"]) == found["semi_structured"]["of"] == 42
+    odd = {n for n in found["matrices"] if n.endswith("down_proj.weight")}  # 352 inputs are no multiple of 64
+    assert set(found["semi_structured"]["why_not"]) == odd
+    assert found["semi_structured"]["fits"] == 36
+    assert found["dense_bytes"] == 2 * 1_105_920
+    assert found["bitmask_bytes"] == 552_960 * 2 + 1_105_920 // 8
+    for line in ("50.00 % of 1,105,920 weights", "50 % zeros (2 of 4 kept)", "intact", "fit 36 of 42 matrices"):
+        assert line in done.out
+    assert "NOT" not in done.out
+    broken = regrow("inspect", tampered(two_of_four, tmp_path / "broken"), "--sparse", "--json")
+    assert broken.json["sparsity"]["mask_intact"] is False
+    assert broken.json["sparsity"]["groups"] is None
+    assert "NOT intact" in broken.out
+    dense = regrow("inspect", sprout_dir, "--sparse", "--json")
+    assert dense.json["sparsity"]["mask_intact"] is None
+    assert dense.json["sparsity"]["zeros"] == 0
+    assert "not recorded" in dense.out
+    assert "sparsity" not in regrow("inspect", sprout_dir, "--json").json
+
+
+def test_diff_of_weights(regrow: Command, two_of_four: Path, sprout_dir: Path, tmp_path: Path) -> None:
+    same = regrow("diff", two_of_four, two_of_four, "--weights")
+    assert same.code == 0
+    assert "the pattern is intact" in same.out
+    more = regrow("diff", sprout_dir, two_of_four, "--weights", "--json").json
+    assert (more["intact"], more["lost"], more["same_mask"]) == (True, 0, False)
+    assert (more["share"], more["groups"]) == ([0.0, 0.5], [None, "2:4"])
+    broken = tampered(two_of_four, tmp_path / "broken")
+    done = regrow("diff", two_of_four, broken, "--weights", "--json")
+    assert done.json["lost_by_matrix"] == {"model.layers.0.mlp.up_proj.weight": 1}
+    assert (done.json["intact"], done.json["lost"], done.json["same_mask"]) == (False, 1, False)
+    assert "1 zeros were lost" in regrow("diff", two_of_four, broken, "--weights").out
+    fewer = regrow("diff", broken, two_of_four, "--weights", "--json").json
+    assert (fewer["intact"], fewer["same_mask"]) == (True, False)
+    reports = regrow("diff", two_of_four, two_of_four, "--json").json
+    assert reports["columns"][0] == "measure after"  # without --weights, as ever
+
+
+def test_the_page_of_a_sparse_folder_is_made_anew(regrow: Command, two_of_four: Path, tmp_path: Path) -> None:
+    done = regrow("report", two_of_four, "--out", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    first = (two_of_four / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == first
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("weight-criteria", {"wanda", "sparsegpt", "magnitude", "isc", "moe-pruner"}),
+        ("solvers", {"none", "update", "refit", "mrp", "alps", "dsnot"}),
+        ("zero-spreads", {"uniform", "owl", "hessian"}),
+        ("losses", {"forward-kl"}),
+    ],
+)
+def test_what_there_is(regrow: Command, kind: str, names: set[str]) -> None:
+    rows = regrow("ls", kind, "--json").json[kind]
+    assert names <= {next(iter(row.values())) for row in rows}
+    assert all(name in regrow("ls", kind).out for name in names)
+
+
+# ---- recover
+
+
+@pytest.mark.parametrize("adapter", ["spp", "full"])
+def test_recovery_keeps_the_pattern(regrow: Command, thin: Path, tmp_path: Path, adapter: str) -> None:
+    """Every zero stays, weights move, and the next step still knows what was asked."""
+    out = tmp_path / "tuned"
+    rate = ("--learning-rate", 0.01)  # what moves weights by more than 16 bits can hide
+    done = regrow("recover", thin, "--adapter", adapter, *TRAIN, *rate, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert "warning" not in done.err
+    before, after = weights(thin), weights(out)
+    assert all(torch.equal(before[n] == 0, after[n] == 0) for n in matrices(before))
+    moved = {n.split(".")[2] for n in matrices(before) if not torch.equal(before[n], after[n])}
+    assert moved == {"0", "1"}
+    check_pattern(after, Pattern.parse("50%"))
+    assert read(out, "regrow.json")["sparsity"] == read(thin, "regrow.json")["sparsity"]
+    training = read_report(out).training
+    assert training[-1]["tokens"] == 512
+    assert training[0]["loss"] > 1
+    compared = regrow("diff", thin, out, "--weights", "--json").json
+    assert (compared["intact"], compared["same_mask"]) == (True, True)
+    found = regrow("inspect", out, "--sparse", "--json").json["sparsity"]
+    assert (found["mask_intact"], found["pattern"]) == (True, "50 % zeros")
+
+
+def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, tmp_path: Path) -> None:
+    """With a teacher the loss is a divergence, so here it begins at 0."""
+    ask = ("recover", thin, "--adapter", "spp", *TRAIN, "--loss", "forward-kl", "--teacher", thin)
+    done = regrow(*ask, "--out", tmp_path / "taught")
+    assert done.code == 0, done.err
+    report = read_report(tmp_path / "taught")
+    assert abs(report.training[0]["loss"]) < 1e-4
+    assert read(tmp_path / "taught", "regrow.json")["sparsity"] == read(thin, "regrow.json")["sparsity"]
+    recipe = yaml.safe_load((tmp_path / "taught" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["recover"]["teacher"] == str(thin)
+
+
+def test_plain_lora_warns_and_fills(regrow: Command, thin: Path, tmp_path: Path) -> None:
+    done = regrow("recover", thin, "--adapter", "lora", *TRAIN, "--out", tmp_path / "filled")
+    assert done.code == 0, done.err
+    assert done.err.count("warning: zeros are filled by plain LoRA") == 1
+    assert "lora-masked keep them" in done.err
+    assert any("filled by plain LoRA" in note for note in read_report(tmp_path / "filled").notes)
+    assert "sparsity" not in read(tmp_path / "filled", "regrow.json")
+    compared = regrow("diff", thin, tmp_path / "filled", "--weights", "--json").json
+    assert compared["intact"] is False
+    assert compared["lost"] > 100_000
+    assert "zeros were lost" in regrow("diff", thin, tmp_path / "filled", "--weights").out
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "dsnot", "spp"])
+def test_recipes_dry_run(regrow: Command, sprout_dir: Path, name: str) -> None:
+    done = regrow("estimate", sprout_dir, "--recipe", name, "--gflops", 10, "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert found["before"] == found["after"]
+    assert found["loads_as"] == "llama"
+    stages = {row["stage"]: row for row in found["stages"]}
+    assert ("recover" in stages) is (name == "spp")
+    assert "score" not in stages  # no unit goes
+    assert {"measure before", "measure after"} <= set(stages)
+    assert regrow("show", name, "--json").json["name"] == name
+
+
+def test_a_recipe_from_dense_to_tuned(regrow: Command, short: Path, tale: Path, tmp_path: Path) -> None:
+    settings = ("evaluate.tasks=[]", "recover.block=64", "recover.batch=4", "calibration.block=64")
+    sets = [part for item in (*settings, f"calibration.text={tale}") for part in ("--set", item)]
+    done = regrow(
+        "run", "spp", "--model", short, "--recover-tokens", 512, "--calibration-tokens", 256, "--text", "none", *sets,
+        "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    check_pattern(weights(tmp_path / "out"), Pattern.parse("2:4"))
+    check_manifest(tmp_path / "out", Pattern.parse("2:4"))
+    assert {"sparsify", "recover"} <= set(read_report(tmp_path / "out").stages)
+
+
+# ---- models of experts
+
+
+def written(kind: str, folder: Path, change: Callable[[Any], None] = lambda _: None, **more: Any) -> Path:
+    """A tiny random model of experts with a tokenizer of a word a token."""
+    model = make(kind, hidden_size=24, intermediate_size=16, num_hidden_layers=2, **{**EXPERTS[kind], **more})
+    with torch.no_grad():
+        change(model)
+    folder.mkdir()
+    checkpoint.write(model, tokenizer(), folder, torch.float32, None)
+    return folder
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "moe-pruner"])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts(sparsify: Sparsifier, tmp_path: Path, kind: str, criterion: str) -> None:
+    source = written(kind, tmp_path / kind)
+    folder, done = sparsify(source, "--criterion", criterion, "--pattern", "2:4")
+    before, after = weights(source), weights(folder)
+    stacks = [n for n in matrices(before) if "experts" in n]
+    assert len(stacks) == 4
+    assert all(before[n].dim() == 3 for n in stacks)
+    check_pattern(after, Pattern.parse("2:4"))
+    check_manifest(folder, Pattern.parse("2:4"))
+    untouched(before, after)
+    assert sum(n.endswith("mlp.gate.weight") for n in set(before) - set(matrices(before))) == 2
+    assert kept_as_they_were(before, after) is (criterion != "sparsegpt")
+    assert "50 % zeros (2 of 4 kept); 50.00 %" in done.out
+
+
+def test_the_router_weighs_inputs(sparsify: Sparsifier, tmp_path: Path) -> None:
+    """MoE-Pruner is Wanda where there is no router, and something else on experts."""
+    source = written("mixtral", tmp_path / "model")
+    found = [weights(sparsify(source, "--criterion", c, out=c)[0]) for c in ("wanda", "moe-pruner")]
+    first = [n for n in matrices(found[0]) if ".layers.0." in n]
+    same = {n.rpartition("layers.0.")[2]: torch.equal(found[0][n], found[1][n]) for n in first}
+    assert {n for n, equal in same.items() if not equal} == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+
+
+def test_an_expert_that_saw_no_token_keeps_its_weights(sparsify: Sparsifier, tmp_path: Path) -> None:
+    """The router's rows are a, -a, 0, 0: one of the first two always wins."""
+
+    def deaf(model: Any) -> None:
+        gate = model.model.layers[0].mlp.gate.weight
+        gate[1] = -gate[0]
+        gate[2:] = 0
+
+    source = written("mixtral", tmp_path / "model", deaf, num_experts_per_tok=1)
+    folder, done = sparsify(source, "--criterion", "sparsegpt", "--pattern", "2:4")
+    before, after = weights(source), weights(folder)
+    unseen = [f"model.layers.0.mlp.experts.{part}[{e}]" for part in ("gate_up_proj", "down_proj") for e in (2, 3)]
+    said = [note.removesuffix(": saw no token") for note in read_report(folder).notes if "saw no token" in note]
+    assert set(unseen) <= set(said)
+    assert not any(".layers.0." in name for name in set(said) - set(unseen))
+    assert all(f"note: {name}: saw no token" in done.out for name in unseen)
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"):
+        assert torch.equal(before[name][2:], after[name][2:])
+        check_pattern({name: after[name][:2]}, Pattern.parse("2:4"))
+    share = Fraction(sum(int((w == 0).sum()) for w in matrices(after).values()))
+    total = sum(w.numel() for w in matrices(after).values())
+    assert read(folder, "regrow.json")["sparsity"]["share"] == pytest.approx(float(share / total))
+    assert share / total < Fraction(1, 2)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_as_the_hub_has_them(regrow: Command, sparsify: Sparsifier, tmp_path: Path, kind: str) -> None:
+    """Stock checkpoints hold one expert at a time; they are read, counted and compared all the same."""
+    source = written(kind, tmp_path / kind)
+    usual = sparsify(source, "--criterion", "wanda", "--pattern", "2:4", out="usual")[0]
+    model: Any = make(kind, hidden_size=24, intermediate_size=16, num_hidden_layers=2, **EXPERTS[kind])
+    model.save_pretrained(source)
+    assert any(".experts.3." in name for name in load_file(source / "model.safetensors"))
+    folder = sparsify(source, "--criterion", "wanda", "--pattern", "2:4", out="from-hub")[0]
+    assert read(folder, "sparsity.json") == read(usual, "sparsity.json")
+    found = regrow("inspect", source, "--sparse", "--json").json["sparsity"]
+    assert (found["zeros"], found["weights"]) == (0, read(folder, "sparsity.json")["sparsity"]["weights"])
+    compared = regrow("diff", folder, source, "--weights", "--json").json
+    assert (compared["intact"], compared["share"]) == (False, [0.5, 0.0])
+    assert compared["lost"] * 2 == found["weights"]

@@ -1,0 +1,277 @@
+"""A student of a teacher gets the loss and the gradients that whole logits would give, and no other teacher's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import patterns, settings, tiny
+
+from models import ids, make, randomise
+from regrow.artifacts.goal import DIVERGENCES, Divergence, divergence
+from regrow.engines import head as heads
+from regrow.engines.adapters import add_adapters
+from regrow.engines.distil import FromTeacher, bare, check_teacher, needed_head
+from regrow.engines.train import next_token, train
+from regrow.errors import SettingsError, UnknownName, UnsupportedModel
+from regrow.losses.forward_kl import forward_kl
+
+CAP = {"final_logit_softcapping": 1.5}  # low enough to bend every logit
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: a second thread only waits, on a busy machine for very long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def kl() -> Divergence:
+    return DIVERGENCES.get("forward-kl")
+
+
+def pair(kind: str) -> tuple[Any, Any]:
+    """A student, and a teacher of other weights."""
+    changes = CAP if kind == "gemma2" else {}
+    student, teacher = make(kind, **changes), make(kind, **changes)
+    randomise(teacher, gains=1.0, seed=9)
+    return student, teacher
+
+
+def plain(student: Any, teacher: Any, tokens: Tensor) -> Tensor:
+    """Mean KL over all positions, from whole logits and probabilities."""
+    ours = student(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)  # (b, T, V)
+    with torch.no_grad():
+        theirs = teacher(input_ids=tokens, use_cache=False).logits.float().softmax(-1)
+    return nn.functional.kl_div(ours.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- the divergence
+
+
+def test_by_hand() -> None:
+    """p = (3/4, 1/8, 1/8) and q = (1/4, 1/4, 1/2): the two directions differ."""
+    p, q = torch.tensor([[3 / 4, 1 / 8, 1 / 8]]), torch.tensor([[1 / 4, 1 / 4, 1 / 2]])
+    forward = 3 / 4 * math.log(3) - 3 / 8 * math.log(2)
+    reverse = 5 / 4 * math.log(2) - 1 / 4 * math.log(3)
+    assert forward_kl(p.log(), q.log()).item() == pytest.approx(forward, abs=1e-6)
+    assert forward_kl(q.log(), p.log()).item() == pytest.approx(reverse, abs=1e-6)
+    assert abs(forward - reverse) > 0.02
+
+
+def test_of_a_model_from_itself_nothing_is_learnt() -> None:
+    logits = 3 * torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
+    mine = logits.clone().requires_grad_()
+    found = forward_kl(logits, mine)
+    found.sum().backward()
+    assert found.shape == (5,)
+    assert torch.equal(found, torch.zeros(5))
+    assert mine.grad is not None
+    assert float(mine.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradient_is_the_difference_of_the_predictions(temperature: float) -> None:
+    source = torch.Generator().manual_seed(0)
+    teacher, student = (2 * torch.randn(5, 11, generator=source, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    forward_kl(teacher, student, temperature).sum().backward()
+    p, q = (x.detach().div(temperature).softmax(-1) for x in (teacher, student))
+    assert torch.allclose(student.grad, temperature * (q - p), atol=1e-12)
+
+
+def test_logits_may_be_shifted_and_large() -> None:
+    source = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(5, 11, generator=source) for _ in range(2))
+    shifted = forward_kl(teacher + 100, student - 50)
+    assert torch.allclose(shifted, forward_kl(teacher, student), atol=1e-4)
+    assert bool(forward_kl(1e4 * teacher, student).isfinite().all())
+    assert bool((forward_kl(teacher, student) > 0).all())
+
+
+def test_losses_are_registered_with_their_paper() -> None:
+    assert kl().measure is forward_kl
+    assert kl().options == {"temperature": 1.0}
+    assert "2407.14679" in kl().paper
+    assert "nats" in kl().about
+    with pytest.raises(UnknownName, match="did you mean 'forward-kl'"):
+        DIVERGENCES.get("foward-kl")
+
+    def silent(teacher: Tensor, student: Tensor) -> Tensor:
+        return teacher - student
+
+    with pytest.raises(TypeError, match="'silent' has no docstring"):
+        divergence(paper="none")(silent)
+
+
+# --- the loss of a batch
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10**6], ids=["a token", "seven", "all"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_equal_to_whole_logits(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int) -> None:
+    """Value, and gradient of every parameter of the student; the teacher gets none."""
+    student, teacher = pair(kind)
+    monkeypatch.setattr(heads, "NUMBERS", rows * student.config.vocab_size)
+    expected = plain(student, teacher, ids())
+    expected.backward()
+    theirs = gradients(student)
+    student.zero_grad()
+    found = FromTeacher(teacher, kl())(student, {"input_ids": ids()})
+    found.backward()
+    ours = gradients(student)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.item() > 0.1
+    assert ours.keys() == theirs.keys() == {name for name, _ in student.named_parameters()}
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5 * float(theirs[name].abs().max())), name
+    assert max(float(grad.abs().max()) for grad in ours.values()) > 1e-2
+    assert gradients(teacher) == {}
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_forgotten_soft_cap_is_seen(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    """Planted: the head of one of the two is read without what its family does to logits."""
+    student, teacher = pair("gemma2")
+    expected = plain(student, teacher, ids()).item()
+    right, forgetful = heads.shaping, {"student": student, "teacher": teacher}[whose].config
+    monkeypatch.setattr(heads, "shaping", lambda c: (lambda x: x) if c is forgetful else right(c))
+    found = FromTeacher(teacher, kl())(student, {"input_ids": ids()}).item()
+    assert abs(found - expected) > 0.01 * expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_model_is_at_no_distance_from_itself(kind: str) -> None:
+    student, teacher = make(kind), make(kind)
+    found = FromTeacher(teacher, kl())(student, {"input_ids": ids()})
+    found.backward()
+    assert found.item() == pytest.approx(0, abs=1e-6)
+    assert max(float(grad.abs().max()) for grad in gradients(student).values()) < 1e-4
+
+
+def test_a_student_may_be_narrower() -> None:
+    """Only the vocabulary is shared."""
+    teacher = make("llama")
+    student = make("llama", hidden_size=12, num_hidden_layers=2)
+    expected = plain(student, teacher, ids()).item()
+    assert FromTeacher(teacher, kl())(student, {"input_ids": ids()}).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_options_reach_the_divergence() -> None:
+    student, teacher = pair("llama")
+    batch = {"input_ids": ids()}
+    warm = FromTeacher(teacher, kl(), {"temperature": 2.0})(student, batch).item()
+    assert warm != pytest.approx(FromTeacher(teacher, kl())(student, batch).item(), rel=0.01)
+    with torch.no_grad():
+        logits = [model(**batch).logits.flatten(0, 1) for model in (teacher, student)]
+    assert warm == pytest.approx(forward_kl(logits[0], logits[1], 2.0).mean().item(), rel=1e-5)
+    with pytest.raises(TypeError, match="heat"):
+        FromTeacher(teacher, kl(), {"heat": 2.0})(student, batch)
+
+
+def test_without_gradients_it_is_a_number() -> None:
+    student, teacher = pair("llama")
+    with torch.no_grad():
+        found = FromTeacher(teacher, kl())(student, {"input_ids": ids()})
+    assert not found.requires_grad
+    assert found.item() == pytest.approx(plain(student, teacher, ids()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "spp"])
+def test_a_student_with_adapters(kind: str) -> None:
+    student, teacher = pair("llama")
+    expected = FromTeacher(teacher, kl())(student, {"input_ids": ids()}).item()
+    adapted = add_adapters(student, kind, rank=2, dropout=0)
+    found = FromTeacher(teacher, kl())(adapted, {"input_ids": ids()})
+    found.backward()
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    trained = gradients(adapted)
+    assert trained.keys() == {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all(f"{kind}_" in name for name in trained)
+    last = [grad for name, grad in trained.items() if "lora_B" in name or "spp_beta" in name]
+    assert len(last) == 3 * 7
+    assert all(bool(grad.any()) for grad in last)
+
+
+class Wrapped(nn.Module):
+    """Stands for what a distributed run puts around a model."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **given: Any) -> Any:
+        return self.module(**given)
+
+
+def test_wrappers_are_seen_through() -> None:
+    student, teacher = pair("llama")
+    expected = FromTeacher(teacher, kl())(student, {"input_ids": ids()}).item()
+    assert FromTeacher(teacher, kl())(Wrapped(student), {"input_ids": ids()}).item() == pytest.approx(expected)
+    assert bare(Wrapped(Wrapped(student))) is student
+    assert bare(Wrapped(add_adapters(student, rank=2))) is student
+
+
+def test_training_brings_the_student_near(tmp_path: Path) -> None:
+    """Through the loop, with a teacher that says what the text does not."""
+    student, teacher = tiny(), tiny()
+    randomise(teacher, gains=1.0, seed=9)
+    before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+    start = plain(student, teacher, patterns()).item()
+    goal = FromTeacher(teacher.train(), kl())
+    result = train(student, patterns(), settings(tokens=30 * 64, batch=4), folder=tmp_path, loss=goal)
+    assert result.losses[0]["loss"] == pytest.approx(start, rel=0.2)
+    assert plain(student, teacher, patterns()).item() < 0.6 * start
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    assert gradients(teacher) == {}
+    assert not teacher.training
+
+
+def test_a_resumed_run_needs_the_same_teacher(tmp_path: Path) -> None:
+    student, teacher = tiny(), tiny()
+    train(student, patterns(), settings(), folder=tmp_path, loss=FromTeacher(teacher, kl()))
+    with torch.no_grad():
+        teacher.model.norm.weight[0] += 1
+    for other in (FromTeacher(teacher, kl()), next_token):
+        with pytest.raises(SettingsError, match="loss"):
+            train(tiny(), patterns(), settings(), folder=tmp_path, loss=other)
+
+
+# --- what cannot teach
+
+
+def told(*tokens: int) -> Any:
+    """A tokenizer that always says the same."""
+    return lambda _: SimpleNamespace(input_ids=list(tokens))
+
+
+def test_teachers_must_share_the_vocabulary() -> None:
+    student, teacher, larger = make("llama"), make("llama", hidden_size=12), make("llama", vocab_size=96)
+    check_teacher(student, teacher, told(1, 2), told(1, 2))
+    with pytest.raises(SettingsError, match="vocabularies of 96 and 64"):
+        check_teacher(student, larger, told(1, 2), told(1, 2))
+    for other in (told(1, 3), told(1), told(1, 2, 2)):
+        with pytest.raises(SettingsError, match="whose tokenizer is another one"):
+            check_teacher(student, teacher, told(1, 2), other)
+
+
+def test_heads_must_be_linear() -> None:
+    odd = make("llama")
+    odd.lm_head = nn.Sequential(odd.lm_head)
+    with pytest.raises(UnsupportedModel, match="a teacher whose head is a Sequential"):
+        FromTeacher(odd, kl())
+    with pytest.raises(UnsupportedModel, match="a student whose head is a Sequential"):
+        FromTeacher(make("llama"), kl())(odd, {"input_ids": ids()})
+    assert needed_head(make("llama"), "teacher").bias is None

@@ -1,0 +1,325 @@
+"""How zeros are shared among layers: the total that was asked, who gets more, and the traces that one of them reads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from models import anatomy_of, make
+from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.share import LEAST, ZERO_SPREADS, ZeroSpread, share
+from regrow.engines.trace import traces
+from regrow.engines.zeros import prunable
+from regrow.errors import SettingsError, UnknownName
+from regrow.spreads.zeros import OUTLIER, by_outliers, by_rank, outliers
+
+NAMES = ZERO_SPREADS.names()
+EVERY = pytest.mark.parametrize("spread", [ZERO_SPREADS.get(n) for n in NAMES], ids=NAMES)
+PERCENTAGES = ("20%", "33.3%", "50%", "66.6%", "75%", "80%")
+GROUPS = ("2:4", "4:8", "2:8", "3:8", "8:16", "2:16")  # one weight more or less leaves some of both
+
+
+def draws(count: int = 60) -> list[tuple[list[float], list[int]]]:
+    """(what a layer measures, weights of it) for models of one to twelve layers."""
+    source = random.Random(0)
+    found = []
+    for _ in range(count):
+        layers = source.randint(1, 12)
+        measures = [source.random() ** 3 for _ in range(layers)]
+        found.append((measures, [source.randint(50, 400) for _ in range(layers)]))
+    return found
+
+
+def shared(spread: ZeroSpread, pattern: str, measures: Sequence[float], weights: Sequence[int] | None = None) -> Any:
+    return share(Pattern.parse(pattern), spread.offsets(measures), weights or [100] * len(measures), spread)
+
+
+def mean(patterns: Sequence[Pattern], weights: Sequence[int]) -> Fraction:
+    return sum((w * p.zeros for w, p in zip(weights, patterns, strict=True)), Fraction(0)) / sum(weights)
+
+
+# ---- one battery over every spread
+
+
+def test_head_count() -> None:
+    assert NAMES == ["hessian", "owl", "uniform"]
+
+
+def test_an_unknown_spread() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'owl'"):
+        ZERO_SPREADS.get("olw")
+
+
+@EVERY
+def test_it_says_what_it_is(spread: ZeroSpread) -> None:
+    assert spread.about.endswith(".")
+    assert len(spread.about) <= 120
+    assert spread.paper
+    assert 0 <= spread.band < 0.2
+    assert spread.groups in (0, 1)
+
+
+@EVERY
+@pytest.mark.parametrize("pattern", PERCENTAGES)
+def test_percentages_meet_the_mean_over_weights(spread: ZeroSpread, pattern: str) -> None:
+    asked = Pattern.parse(pattern)
+    for measures, weights in draws():
+        found = shared(spread, pattern, measures, weights)
+        assert len(found) == len(measures)
+        assert abs(mean(found, weights) - asked.zeros) <= 1e-5
+        assert all(LEAST <= p.zeros <= 1 - LEAST for p in found)
+        assert max(abs(p.zeros - asked.zeros) for p in found) <= 2 * spread.band + 1e-5
+        assert not any(p.of for p in found)
+
+
+@EVERY
+@pytest.mark.parametrize("pattern", GROUPS)
+def test_groups_meet_the_total_exactly(spread: ZeroSpread, pattern: str) -> None:
+    asked = Pattern.parse(pattern)
+    for measures, _ in draws():
+        found = shared(spread, pattern, measures)
+        assert sum(p.keep for p in found) == len(measures) * asked.keep
+        assert {p.of for p in found} == {asked.of}
+        assert max(abs(p.keep - asked.keep) for p in found) <= 2 * spread.groups
+        assert all(0 < p.keep < p.of for p in found)
+
+
+@EVERY
+def test_measures_are_left_alone_and_equal_ones_share_alike(spread: ZeroSpread) -> None:
+    measures = [0.3, 0.1, 0.2]
+    shared(spread, "50%", measures)
+    assert measures == [0.3, 0.1, 0.2]
+    assert shared(spread, "50%", measures) == shared(spread, "50%", measures)
+
+
+def test_largest_remainders_by_hand() -> None:
+    """Zeros wanted of eight: 6 + 0.6, 6 - 0.1, 6 - 0.5; rounded down 6, 5, 5, and the two missing go to .9 and .6."""
+    spread = ZeroSpread("x", "nothing", "-", "X.", float, list, 0.1, 1.0)
+    found = share(Pattern.parse("2:8"), [0.6, -0.1, -0.5], [10, 10, 10], spread)
+    assert [p.of - p.keep for p in found] == [7, 6, 5]
+    with_band = share(Pattern.parse("50%"), [0.6, -0.1, -0.5], [10, 10, 10], spread)
+    assert [float(p.zeros) for p in with_band] == pytest.approx([0.56, 0.49, 0.45], abs=1e-6)
+
+
+def test_large_layers_count_as_what_they_are() -> None:
+    """A layer nine times as large moves the mean nine times as far: offsets 1 and -1 are centred at .8."""
+    spread = ZeroSpread("x", "nothing", "-", "X.", float, list, 0.1, 1.0)
+    found = share(Pattern.parse("50%"), [1.0, -1.0], [90, 10], spread)
+    assert [float(p.zeros) for p in found] == pytest.approx([0.52, 0.32], abs=1e-6)
+    assert abs(mean(found, [90, 10]) - Fraction(1, 2)) < 1e-6
+    assert abs(mean(found, [50, 50]) - Fraction(1, 2)) > 0.07  # what a mean over layers would have met
+
+
+EDGES = "share() bounds a layer after the total was met; artifacts/share.py"
+
+
+@pytest.mark.xfail(strict=True, reason=EDGES)
+@pytest.mark.parametrize(("name", "pattern"), [("owl", "1:4"), ("hessian", "3:4"), ("owl", "95%"), ("uniform", "0.5%")])
+def test_totals_are_met_at_the_edges(name: str, pattern: str) -> None:
+    asked, spread = Pattern.parse(pattern), ZERO_SPREADS.get(name)
+    for measures, _ in draws():
+        assert abs(mean(shared(spread, pattern, measures), [1] * len(measures)) - asked.zeros) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["owl", "hessian"])
+@pytest.mark.parametrize("pattern", GROUPS)
+def test_groups_of_layers_of_different_sizes(name: str, pattern: str) -> None:
+    """No whole number of weights may meet the total; one weight of every group of the largest layer is near enough."""
+    kept = Pattern.parse(pattern).keep
+    for measures, weights in draws():
+        found = shared(ZERO_SPREADS.get(name), pattern, measures, weights)
+        assert abs(sum(w * (p.keep - kept) for w, p in zip(weights, found, strict=True))) <= max(weights)
+
+
+# ---- uniform
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4", "1:4", "2:8", "7:8"])
+def test_uniform_gives_every_layer_what_was_asked(pattern: str) -> None:
+    for measures, weights in draws(10):
+        found = shared(ZERO_SPREADS.get("uniform"), pattern, measures, weights)
+        assert found == [Pattern.parse(pattern)] * len(measures)
+
+
+# ---- owl
+
+
+def test_outliers_by_hand() -> None:
+    """Means 2: only what lies above 10 counts, and 10 itself does not."""
+    assert OUTLIER == 5
+    assert outliers(torch.tensor([1.0] * 9 + [11.0])) == pytest.approx(10)
+    assert outliers(torch.tensor([0.0] * 4 + [10.0])) == 0
+    assert outliers(torch.ones(7)) == 0
+    assert outliers(torch.tensor([1.0] * 99 + [600.0])) == pytest.approx(1)
+
+
+def test_outliers_know_no_scale() -> None:
+    scores = torch.randn(1000, generator=torch.Generator().manual_seed(0)).abs() ** 3
+    assert outliers(64 * scores) == outliers(scores) > 0
+
+
+def test_more_outliers_fewer_zeros() -> None:
+    spread = ZERO_SPREADS.get("owl")
+    found = [float(p.zeros) for p in shared(spread, "50%", [3.0, 1.0, 7.0, 5.0])]
+    order = sorted(range(4), key=lambda i: found[i])
+    assert order == [2, 3, 0, 1]
+    assert len(set(found)) == 4
+
+
+def test_the_ends_of_owl_lie_two_bands_apart() -> None:
+    spread = ZERO_SPREADS.get("owl")
+    for measures, _ in draws():
+        if len(set(measures)) == 1:
+            continue
+        found = [p.zeros for p in shared(spread, "50%", measures)]
+        assert float(max(found) - min(found)) == pytest.approx(2 * spread.band, abs=3e-6)
+        assert found.index(min(found)) == measures.index(max(measures))
+        assert found.index(max(found)) == measures.index(min(measures))
+
+
+def test_owl_by_hand() -> None:
+    assert by_outliers([2.0, 4.0, 6.0]) == [1.0, 0.0, -1.0]
+    zeros = [float(p.zeros) for p in shared(ZERO_SPREADS.get("owl"), "50%", [2.0, 4.0, 6.0])]
+    assert zeros == pytest.approx([0.58, 0.5, 0.42], abs=1e-6)
+    assert [p.keep for p in shared(ZERO_SPREADS.get("owl"), "4:8", [2.0, 4.0, 6.0])] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("measures", [[0.0], [0.0] * 5, [3.5] * 2])
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_nothing_to_tell_layers_apart(measures: list[float], pattern: str) -> None:
+    assert shared(ZERO_SPREADS.get("owl"), pattern, measures) == [Pattern.parse(pattern)] * len(measures)
+
+
+# ---- by the trace of the Hessian
+
+
+def test_the_most_curved_layer_gets_fewest_zeros() -> None:
+    assert by_rank([5.0, -1.0, 100.0]) == [0.0, 1.0, -1.0]
+    assert by_rank([7.0]) == [0.0]
+    found = shared(ZERO_SPREADS.get("hessian"), "50%", [5.0, -1.0, 100.0])
+    assert [float(p.zeros) for p in found] == pytest.approx([0.5, 0.55, 0.45], abs=1e-6)
+
+
+def test_only_the_order_of_traces_counts() -> None:
+    source = random.Random(1)
+    measures = [source.uniform(0.1, 9) for _ in range(9)]
+    assert by_rank(measures) == by_rank([m**3 for m in measures])
+    assert by_rank(measures) != by_rank([-m for m in measures])
+    assert sorted(by_rank(measures)) == pytest.approx([i / 4 - 1 for i in range(9)])
+
+
+@dataclass(frozen=True)
+class Curved:
+    """A model so small that its whole Hessian is known."""
+
+    model: Any
+    blocks: Tensor  # (1, T)
+    hessian: Tensor  # (n, n) over all weight matrices
+    layers: Tensor  # (n,) whose layer a weight is in
+
+    @property
+    def exact(self) -> list[float]:
+        return [float(self.hessian.diagonal()[self.layers == i].sum()) for i in range(2)]
+
+    def deviations(self) -> list[float]:
+        """Standard deviation of one probe: pairs inside a layer count twice, pairs across layers once."""
+        squares = (self.hessian - self.hessian.diag().diag()).square()
+        found = []
+        for i in range(2):
+            mine = squares[self.layers == i]
+            found.append(float(2 * mine[:, self.layers == i].sum() + mine[:, self.layers != i].sum()) ** 0.5)
+        return found
+
+
+@pytest.fixture(scope="module")
+def curved() -> Curved:
+    model = make(
+        "llama",
+        hidden_size=4,
+        intermediate_size=3,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=2,
+        vocab_size=16,
+    )
+    anatomy = anatomy_of(model)
+    blocks = torch.randint(3, 16, (1, 12), generator=torch.Generator().manual_seed(0))
+    parameters = dict(model.named_parameters())
+    weights = [parameters[name] for name in prunable(anatomy)]
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = model(input_ids=blocks, use_cache=False).logits
+        loss = cross_entropy(logits[0, :-1], blocks[0, 1:])
+        first = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, create_graph=True)])
+        rows = [torch.autograd.grad(g, weights, retain_graph=True) for g in first]
+    layer = {tensor.name: int(tensor.layer or 0) for tensor in anatomy.tensors}
+    layers = torch.cat([torch.full((parameters[n].numel(),), layer[n]) for n in prunable(anatomy)])
+    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    return Curved(model, blocks, hessian, layers)
+
+
+PROBES = 150
+
+
+def off(curved: Curved, **more: Any) -> list[float]:
+    """How many standard errors each layer's estimate is from the exact trace."""
+    found = traces(curved.model, anatomy_of(curved.model), curved.blocks, probes=PROBES, **more)
+    errors = [deviation / PROBES**0.5 for deviation in curved.deviations()]
+    return [abs(f - e) / error for f, e, error in zip(found, curved.exact, errors, strict=True)]
+
+
+def test_the_exact_hessian_is_one(curved: Curved) -> None:
+    assert len(curved.hessian) == len(curved.layers) == 168
+    assert torch.allclose(curved.hessian, curved.hessian.T, atol=1e-4)
+    assert min(abs(e) for e in curved.exact) > 0.01
+    assert abs(curved.exact[0] - curved.exact[1]) > 0.01
+
+
+def test_traces_are_those_of_the_exact_hessian(curved: Curved) -> None:
+    for seed in (0, 1):
+        assert max(off(curved, seed=seed)) < 4
+
+
+def test_probes_that_are_not_random_are_found_out(curved: Curved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randint", lambda _high, shape, **_: torch.ones(shape, dtype=torch.int64))
+    assert max(off(curved)) > 4
+
+
+def test_equal_seeds_give_equal_traces(curved: Curved) -> None:
+    anatomy = anatomy_of(curved.model)
+    one, same, other = (traces(curved.model, anatomy, curved.blocks, probes=2, seed=s) for s in (3, 3, 4))
+    assert one == same != other
+
+
+def test_gradients_are_left_as_they_were(curved: Curved) -> None:
+    model, anatomy = curved.model, anatomy_of(curved.model)
+    parameters = dict(model.named_parameters())
+    frozen = prunable(anatomy)[::2]
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name not in frozen)
+    done: list[tuple[int, int]] = []
+    traces(model, anatomy, curved.blocks, probes=2, progress=lambda *seen: done.append(seen))
+    assert done == [(1, 2), (2, 2)]
+    with pytest.raises(IndexError):
+        traces(model, anatomy, curved.blocks + 1000)  # ids that the model does not have
+    assert [name for name, p in parameters.items() if not p.requires_grad] == frozen
+    assert all(p.grad is None for p in parameters.values())
+    model.requires_grad_(True)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("text", ["100%", "-5%", "4:4", "5:4", "0:4", "2 of 4", "", "half", "2:4%"])
+def test_nonsense_is_no_pattern(text: str) -> None:
+    with pytest.raises(SettingsError, match="write 50%"):
+        Pattern.parse(text)
