@@ -16,12 +16,18 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
+from regrow.artifacts.curvature import Curvature
 from regrow.artifacts.family import FAMILIES, Unit
+from regrow.artifacts.linear import SOLVERS, Linear, Sparse
+from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.share import ZERO_SPREADS
 from regrow.artifacts.sight import CRITERIA
+from regrow.artifacts.weight_sight import WEIGHT_CRITERIA, WeightSight
 from regrow.dryrun import dry_run
 from regrow.engines.bind import Subject, bind
 from regrow.prepare import check
-from regrow.settings import Recipe, overlay, parse, read_recipe
+from regrow.settings import Recipe, Recover, Sparsify, overlay, parse, read_recipe
+from regrow.stages import sparsify
 from regrow.stages.apply import apply
 from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan
@@ -38,12 +44,13 @@ def examples() -> dict[str, str]:
 
 
 CRITERION, FAMILY, RECIPE = "criteria/largest.py", "families/starcoder2.py", "recipes/shallow.yaml"
+WEIGHTS, SOLVER = "criteria/mild.py", "solvers/rescale.py"
 
 
 @pytest.fixture(autouse=True)
 def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an example registers is gone after the test."""
-    for registry in (CRITERIA, SPREADS, FAMILIES):
+    for registry in (CRITERIA, SPREADS, FAMILIES, WEIGHT_CRITERIA, SOLVERS):
         registry.names()
         monkeypatch.setattr(registry, "_items", dict(registry._items))
 
@@ -73,7 +80,7 @@ def run_example(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_every_example_has_a_test() -> None:
-    assert set(examples()) == {f"src/regrow/{path}" for path in (CRITERION, FAMILY, RECIPE)}
+    assert set(examples()) == {f"src/regrow/{path}" for path in (CRITERION, WEIGHTS, SOLVER, FAMILY, RECIPE)}
 
 
 def test_the_criterion_scores_a_real_model(run_example: Any, sprout_dir: Path) -> None:
@@ -90,6 +97,50 @@ def test_the_criterion_scores_a_real_model(run_example: Any, sprout_dir: Path) -
     plan = make_plan(subject.anatomy, scores, Wish(budget=Budget.parse("70%"), axes=axes))
     assert plan.made_by["scores"]["criteria"]["neuron"]["options"] == {"power": 2}
     assert plan.made_by["scores"]["criteria"]["layer"]["name"] == "magnitude"
+
+
+def test_the_criterion_of_weights_by_hand(run_example: Any) -> None:
+    run_example(WEIGHTS)
+    assert len(examples()[f"src/regrow/{WEIGHTS}"].splitlines()) < 100
+    mild = WEIGHT_CRITERIA.get("mild")
+    weight, norm = torch.tensor([[1.0, -2.0, 0.0], [3.0, 1.0, -1.0]]), torch.tensor([4.0, 1.0, 9.0])
+    assert mild.score(WeightSight(weight, norm)).tolist() == [[2, 2, 0], [6, 1, 3]]
+    assert mild.score(WeightSight(weight[:, 1:], norm[1:])).tolist() == [[2, 0], [1, 3]]
+    assert (mild.within, mild.solver, mild.adapts) == ("row", "none", False)
+
+
+def test_the_solver_by_hand(run_example: Any) -> None:
+    """Inputs go together half the way: without the second weight the first does best at 1 + 2 * 0.5 of itself."""
+    run_example(SOLVER)
+    rescale = SOLVERS.get("rescale")
+    assert rescale.options == {"most": 2.0}
+    weight, gone = torch.tensor([[1.0, 2.0], [1.0, -8.0]]), torch.tensor([[False, True], [False, True]])
+    curvature = Curvature(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), damping=0)
+    task = Linear(weight, Pattern.parse("1:2"), "row", weight.abs(), None, curvature)
+    start = Sparse(weight.masked_fill(gone, 0), gone)
+    assert rescale.solve(task, start).weight.tolist() == [[2, 0], [0, 0]]  # and never the other way round
+    assert rescale.solve(task, start, most=1.5).weight.tolist() == [[1.5, 0], [0, 0]]
+    assert torch.equal(rescale.solve(task, start).gone, gone)
+
+
+def test_criterion_and_solver_on_a_real_model(run_example: Any, sprout_dir: Path) -> None:
+    run_example(WEIGHTS)
+    run_example(SOLVER)
+    errors = []
+    for solver in ("none", "rescale"):
+        subject = load(str(sprout_dir))
+        ids = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+        asked = Sparsify(pattern="2:4", criterion="mild", solver=(solver, "rescale"), options={"most": 4.0})
+        found = sparsify.apply(subject, asked, ids, seed=0)
+        assert found.sparsity.groups == "2:4"
+        assert found.sparsity.share == 0.5
+        errors.append(found.matrices[0].error)
+    assert errors[0] == pytest.approx(errors[1])  # once is as good as twice
+    plain = load(str(sprout_dir))
+    asked = Sparsify(pattern="2:4", criterion="mild", solver=("none", "rescale"), options={"most": 0.0})
+    nothing = sparsify.apply(plain, asked, ids, seed=0).matrices[0]
+    assert nothing.error == pytest.approx(1)  # factor 0 leaves an output of 0
+    assert errors[0] < 0.5
 
 
 def test_the_family_cuts_a_real_layout_exactly(run_example: Any) -> None:
@@ -137,8 +188,53 @@ def test_the_table_of_sights_is_complete() -> None:
     from regrow.artifacts.sight import Sees
 
     text = (REPO / "CONTRIBUTING.md").read_text()
-    table = text.partition("| `sees` |")[2]
+    table = text.partition("| `sees` |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(get_args(Sees))
+
+
+def test_the_table_of_what_weights_show_is_complete() -> None:
+    from typing import get_args
+
+    from regrow.artifacts.weight_sight import WeightSees
+
+    table = (REPO / "CONTRIBUTING.md").read_text().partition("| it sees |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(get_args(WeightSees))
+
+
+def rows(mark: str) -> list[list[str]]:
+    """Cells of a table of docs/sparse.md, without its head."""
+    page = (REPO / "docs" / "sparse.md").read_text()
+    table = page.partition(f"<!-- {mark} -->")[2].partition(f"<!-- end of {mark} -->")[0].strip().splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+
+
+def test_the_tables_of_the_sparse_page_are_the_registries() -> None:
+    criteria = [[f"`{c.name}`", c.within, c.sees, f"`{c.solver}`"] for _, c in WEIGHT_CRITERIA.items()]
+    assert [[row[0], *row[2:]] for row in rows("criteria")] == criteria
+    solvers = [
+        [f"`{s.name}`", s.sees, f"`{s.start}`", ", ".join(f"`{option}`" for option in s.options)]
+        for _, s in SOLVERS.items()
+    ]
+    assert [[row[0], *row[3:]] for row in rows("solvers")] == solvers
+    assert [[row[0], row[2]] for row in rows("spreads")] == [[f"`{s.name}`", s.sees] for _, s in ZERO_SPREADS.items()]
+
+
+def test_the_methods_of_recovery_are_on_the_sparse_page() -> None:
+    from typing import get_args
+
+    methods = set(get_args(Recover.model_fields["method"].annotation))
+    found = {row[0].strip("`"): row[2] for row in rows("recovery")}
+    assert set(found) == methods
+    assert {name for name, zeros in found.items() if zeros != "stay"} == {"lora"}
+
+
+def test_the_adapter_on_the_sparse_page(sprout_dir: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "sparse.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {"model": load(str(sprout_dir)).model}
+    exec(code, found)
+    trained = [name for name, parameter in found["tuned"].named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 7 * 6
+    assert all("spp_" in name for name in trained)
 
 
 def test_the_keys_of_a_recipe_are_those_of_the_settings() -> None:
@@ -154,6 +250,9 @@ def test_the_keys_of_a_recipe_are_those_of_the_settings() -> None:
         for key, field in part.model_fields.items():
             assert field.description, key
             assert f"{key}` |" in written
+    for key, field in Sparsify.model_fields.items():
+        cells = (f"`sparsify.{key}`", script.kind(field.annotation), script.default(field), field.description)
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_the_floors_on_the_page_are_those_of_the_test() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from regrow.artifacts.sight import Sight, criterion
     from regrow.door import prune
     from regrow.engines.gates import gated
+    from regrow.engines.spp import SppConfig
     from regrow.errors import RegrowError
     from regrow.settings import Recipe
     from regrow.stages.load import load
@@ -34,6 +35,7 @@ _HOMES = {
     "Scores": "artifacts.scores",
     "Shape": "artifacts.shape",
     "Sight": "artifacts.sight",
+    "SppConfig": "engines.spp",
     "costs": "artifacts.shape",
     "count": "artifacts.shape",
     "criterion": "artifacts.sight",
@@ -46,6 +48,7 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "Branch", "Budget", "Cut", "Family", "Plan", "Recipe", "RegrowError", "Report", "Scores", "Shape", "Sight",
+    "SppConfig",
     "costs", "count", "criterion", "declare", "gated", "load", "prune",
 ]  # fmt: skip
 

@@ -115,6 +115,9 @@ def check_rank(subject: Subject, recipe: Recipe) -> None:
 def check_texts(subject: Subject, recipe: Recipe) -> None:
     """Refuse text that does not fill one block before anything long begins. Raises `TextError`."""
     check_length(subject.model, subject.tokenizer, recipe.evaluate)
+    if recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify):
+        text, block = documents(recipe.calibration.text, "calibration"), recipe.calibration.block
+        tokens.blocks(text, subject.tokenizer, block=block, tokens=block, seed=recipe.seed)
     asked = recipe.recover
     if asked is not None and asked.tokens:
         for part in RECOVERY_PARTS:

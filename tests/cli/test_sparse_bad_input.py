@@ -255,9 +255,10 @@ def test_inputs_that_overflow_name_the_linear(refused: Refused, broken: Path, ou
     refused("sparsify", broken, "--criterion", criterion, *READS, "--out", out, says=says, code=1)
 
 
+@pytest.mark.usefixtures("early")
 def test_text_shorter_than_one_block(refused: Refused, sprout_dir: Path, out: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
-    short.write_text("\n\n".join(f"Line {i} of a short tale." for i in range(200)), encoding="utf-8")
+    short.write_text("\n\n".join(f"Part {i}. " + "And so on it went. " * 12 for i in range(40)), encoding="utf-8")
     ask = ("sparsify", sprout_dir, "--criterion", "wanda", "--text", "none", "--out", out)
     refused(*ask, "--calibration", short, says=("the text gives", "512, one block"))
 

@@ -242,6 +242,14 @@ def test_solvers_in_turn(sparsify: Sparsifier, short: Path) -> None:
     check_pattern(refitted, Pattern.parse("2:4"))
 
 
+@pytest.mark.xfail(strict=True, reason="with a Gram matrix in play no moments are read: engines/sparsify.py, `sees`")
+def test_swaps_come_before_a_refit(sparsify: Sparsifier, short: Path) -> None:
+    ask = ("--criterion", "wanda", "--pattern", "2:4", "--solver")
+    alone, both = (weights(sparsify(short, *ask, names, out=names)[0]) for names in ("dsnot", "dsnot,refit"))
+    for name in (n for n in matrices(alone) if ".layers.0." in n):
+        assert torch.equal(alone[name] == 0, both[name] == 0), name
+
+
 def test_what_a_block_reads(sparsify: Sparsifier, short: Path) -> None:
     """The first block reads the same whatever is asked, but for rounding; the second does not."""
     ask = ("--criterion", "sparsegpt", "--pattern", "2:4", "--inputs")

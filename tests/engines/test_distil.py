@@ -129,9 +129,12 @@ def test_equal_to_whole_logits(monkeypatch: pytest.MonkeyPatch, kind: str, rows:
     expected.backward()
     theirs = gradients(student)
     student.zero_grad()
+    tracked: list[bool] = []
+    teacher.register_forward_hook(lambda *_: tracked.append(torch.is_grad_enabled()))
     found = FromTeacher(teacher, kl())(student, {"input_ids": ids()})
     found.backward()
     ours = gradients(student)
+    assert tracked == [False], "the teacher runs once, and keeps nothing for a backward pass"
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert found.item() > 0.1
     assert ours.keys() == theirs.keys() == {name for name, _ in student.named_parameters()}

@@ -19,7 +19,7 @@ from models import ids, logits, make
 from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.engines import adapters, spp_forward
-from regrow.engines.spp import Linear, SppConfig
+from regrow.engines.spp import Linear, SppConfig, mask_hash
 from regrow.errors import IdentityError, SettingsError
 
 M, N, R, SCALE = 24, 20, 4, 1.5
@@ -392,6 +392,37 @@ def test_a_merge_that_is_not_finite_is_refused_and_leaves_the_weight() -> None:
     assert torch.equal(made.base_layer.weight, before)
     assert made.kept is None
     assert not made.merged
+
+
+def test_negative_zeros_become_plain_ones() -> None:
+    """A mask that was multiplied leaves -0; and what underflows in the merge is no -0 either."""
+    made = layer(r=1).half()
+    made.spp_alpha.float()
+    made.spp_beta.float()
+    weight = made.base_layer.weight
+    with torch.no_grad():
+        weight[weight == 0] = -0.0
+        weight[0] = -(2.0**-24)  # the smallest number there is
+        made.spp_alpha["default"].fill_(-0.9 / SCALE)
+        made.spp_beta["default"].fill_(1.0)
+    made.merge()
+    assert int((weight == 0).sum()) > 100
+    assert bool((weight[0] == 0).all())
+    assert not bool(weight.signbit()[weight == 0].any())
+
+
+def test_the_zeros_of_an_adapter_are_those_before_any_merge() -> None:
+    """A factor of exactly 0 empties a weight in the merge."""
+    adapted = get_peft_model(sparse(), settings(spp_alpha=2.0))
+    found = layers(adapted)["base_model.model.model.layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        found.spp_alpha["default"].fill_(-1.0)
+        found.spp_beta["default"].fill_(1.0)
+    adapted.merge_adapter()
+    assert not bool(found.base_layer.weight.any())
+    assert mask_hash(adapted.base_model.model, "default") == adapted.peft_config["default"].mask_hash
+    found.kept = None
+    assert mask_hash(adapted.base_model.model, "default") != adapted.peft_config["default"].mask_hash
 
 
 # --- what PEFT users do

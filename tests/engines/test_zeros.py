@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import anatomy_of, make, tokenizer
+from models import anatomy_of, families, make, tokenizer
 from regrow.artifacts.sparsity import Sparsity, Zeros
 from regrow.engines import checkpoint, zeros
+from regrow.engines.inputs import matrices
 from regrow.engines.zeros import census, lost, of_folder, of_model, prunable, semi_structured, stored
 from regrow.errors import BrokenModel
 
@@ -187,6 +189,15 @@ def test_routers_embeddings_and_heads_are_nobody_s_pattern(kind: str) -> None:
     blind = replace(anatomy, family=replace(anatomy.family, routers=()))
     assert len(prunable(blind)) == len(names) + 3
     assert of_model(model, blind) != before
+
+
+@pytest.mark.parametrize("kind", [*dict(families()), *EXPERTS])
+def test_what_is_counted_is_what_can_be_pruned(kind: str) -> None:
+    model = make(kind, **EXPERTS.get(kind, {}))
+    anatomy = anatomy_of(model)
+    layers = model.get_submodule(anatomy.family.layers).children()
+    found = [m.name for i, layer in enumerate(layers) for m in matrices(layer, f"{anatomy.family.layers}.{i}")]
+    assert {re.sub(r"\[\d+\]$", "", name) for name in found} == {n.removesuffix(".weight") for n in prunable(anatomy)}
 
 
 def test_biases_and_norms_are_not_counted() -> None:
