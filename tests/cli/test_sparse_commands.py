@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ Sparsifier = Callable[..., tuple[Path, Done]]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are continued, and memory collected, by other tests and once below."""
+    """Prompts are continued, memory collected and items of tasks counted by other tests, the first two once below."""
     monkeypatch.setattr("regrow.run.write_samples", lambda *seen: ["" for _ in seen[2]])
     monkeypatch.setattr(checkpoint.gc, "collect", lambda: 0)
+    monkeypatch.setattr("regrow.engines.tasks.count_items", lambda *_: 100)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,7 @@ def thin(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- what is looked at
 
 
+@lru_cache(maxsize=6)
 def weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor, as stock transformers load it."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -389,11 +392,11 @@ def test_what_there_is(regrow: Command, kind: str, names: set[str]) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["spp", "full"])
-def test_recovery_keeps_the_pattern(regrow: Command, thin: Path, tmp_path: Path, adapter: str) -> None:
+def test_recovery_keeps_the_pattern(regrow: Command, thin: Path, tale: Path, tmp_path: Path, adapter: str) -> None:
     """Every zero stays, weights move, and the next step still knows what was asked."""
     out = tmp_path / "tuned"
     rate = ("--learning-rate", 0.01)  # what moves weights by more than 16 bits can hide
-    done = regrow("recover", thin, "--adapter", adapter, *TRAIN, *rate, "--out", out, "--json")
+    done = regrow("recover", thin, "--adapter", adapter, *TRAIN, "--train", tale, *rate, "--out", out, "--json")
     assert done.code == 0, done.err
     assert "warning" not in done.err
     before, after = weights(thin), weights(out)
@@ -411,9 +414,9 @@ def test_recovery_keeps_the_pattern(regrow: Command, thin: Path, tmp_path: Path,
     assert (found["mask_intact"], found["pattern"]) == (True, "50 % zeros")
 
 
-def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, tmp_path: Path) -> None:
+def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
     """With a teacher the loss is a divergence, so here it begins at 0."""
-    ask = ("recover", thin, "--adapter", "spp", *TRAIN, "--loss", "forward-kl", "--teacher", thin)
+    ask = ("recover", thin, "--adapter", "spp", *TRAIN, "--train", tale, "--loss", "forward-kl", "--teacher", thin)
     done = regrow(*ask, "--out", tmp_path / "taught")
     assert done.code == 0, done.err
     report = read_report(tmp_path / "taught")
@@ -423,8 +426,8 @@ def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, t
     assert recipe["recover"]["teacher"] == str(thin)
 
 
-def test_plain_lora_warns_and_fills(regrow: Command, thin: Path, tmp_path: Path) -> None:
-    done = regrow("recover", thin, "--adapter", "lora", *TRAIN, "--out", tmp_path / "filled")
+def test_plain_lora_warns_and_fills(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
+    done = regrow("recover", thin, "--adapter", "lora", *TRAIN, "--train", tale, "--out", tmp_path / "filled")
     assert done.code == 0, done.err
     assert done.err.count("warning: zeros are filled by plain LoRA") == 1
     assert "lora-masked keep them" in done.err
@@ -455,7 +458,9 @@ def test_recipes_dry_run(regrow: Command, sprout_dir: Path, name: str) -> None:
 
 def test_a_recipe_from_dense_to_tuned(regrow: Command, short: Path, tale: Path, tmp_path: Path) -> None:
     settings = ("evaluate.tasks=[]", "recover.block=64", "recover.batch=4", "calibration.block=64")
-    sets = [part for item in (*settings, f"calibration.text={tale}") for part in ("--set", item)]
+    sets = [
+        part for item in (*settings, f"calibration.text={tale}", f"recover.text={tale}") for part in ("--set", item)
+    ]
     done = regrow(
         "run", "spp", "--model", short, "--recover-tokens", 512, "--calibration-tokens", 256, "--text", "none", *sets,
         "--out", tmp_path / "out", "--json",
