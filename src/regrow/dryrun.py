@@ -177,7 +177,7 @@ def sparse_bytes(anatomy: Anatomy, sees: str, tokens: int, *, streams: int = 1) 
     layer = [t for t in anatomy.tensors if t.layer == 0 and t.matrix]
     stream = 4 * streams * tokens * anatomy.sizes["C"] if sees != "nothing" else 0
     work = 4 * WORK * max(math.prod(t.shape[-2:]) for t in layer)
-    if sees != "gram":
+    if sees not in ("gram", "all"):
         return stream + work
     readings: dict[tuple[str | None, bool], int] = {}
     for tensor in layer:

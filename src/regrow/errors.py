@@ -23,7 +23,13 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-PLURALS = {"criterion": "criteria", "axis": "axes", "kind of list": "kinds of list"}
+PLURALS = {
+    "criterion": "criteria",
+    "axis": "axes",
+    "loss": "losses",
+    "spread of zeros": "spreads of zeros",
+    "kind of list": "kinds of list",
+}
 
 
 def guess(name: str, known: Iterable[str]) -> str:

@@ -245,7 +245,6 @@ def test_solvers_in_turn(sparsify: Sparsifier, short: Path) -> None:
     check_pattern(refitted, Pattern.parse("2:4"))
 
 
-@pytest.mark.xfail(strict=True, reason="with a Gram matrix in play no moments are read: engines/sparsify.py, `sees`")
 def test_swaps_come_before_a_refit(sparsify: Sparsifier, short: Path) -> None:
     ask = ("--criterion", "wanda", "--pattern", "2:4", "--solver")
     alone, both = (weights(sparsify(short, *ask, names, out=names)[0]) for names in ("dsnot", "dsnot,refit"))

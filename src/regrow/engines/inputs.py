@@ -40,8 +40,8 @@ class Reading:
         wide = partial(torch.zeros, channels, dtype=torch.float64, device=device)
         self.tokens, self.sequences = 0, 0
         self.squares, self.mean, self.spread = wide(), wide(), wide()  # (n,)
-        self.moments = sees == "moments"
-        gram = sees == "gram"
+        self.moments = sees in ("moments", "all")
+        gram = sees in ("gram", "all")
         self.products = torch.zeros(channels, channels, device=device) if gram else None  # (n, n) upper stripes
         self.cross: Tensor | None = None  # (n, n) fp32 sum of x_dense x^T
 
@@ -109,8 +109,8 @@ def is_experts(module: nn.Module) -> bool:
 class Observer:
     """Reads the linears of a block whenever it runs, by site; linears with one input share one object.
 
-    `sees` is `inputs`, `moments` or `gram`. With `routed`, inputs of an expert are weighted by its router. A run under
-    `remembering` is not counted: its inputs are kept as what the dense model reads, for the next run.
+    `sees` is `inputs`, `moments`, `gram` or `all`. With `routed`, inputs of an expert are weighted by its router. A run
+    under `remembering` is not counted: its inputs are kept as what the dense model reads, for the next run.
     """
 
     def __init__(self, block: nn.Module, sees: str, routed: bool = False) -> None:

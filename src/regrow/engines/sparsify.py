@@ -42,8 +42,10 @@ class Method:
 
     @property
     def sees(self) -> str:
-        """The most that any part asks for: nothing, inputs, moments or gram."""
+        """What the parts ask for together: nothing, inputs, moments, gram, or all (the last two)."""
         asked = {self.criterion.sees, *(solver.sees for solver, _ in self.solvers)}
+        if {"gram", "moments"} <= asked:
+            return "all"
         for most in ("gram", "moments"):
             if most in asked:
                 return most
