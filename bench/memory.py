@@ -28,15 +28,15 @@ def main() -> None:
         return
     ledger = Ledger("memory", __doc__ or "", model="demo", tokens=TOKENS, block=BLOCK, keep="80%")
     for kind in ("forward", "backward"):
-        ledger.row(f"one batch {kind}", partial(child, "batch", kind))
+        ledger.row(f"one batch {kind}", partial(child_of, __file__, "batch", kind))
     for criterion in CRITERIA:
-        ledger.row(criterion, partial(child, criterion))
+        ledger.row(criterion, partial(child_of, __file__, criterion))
 
 
-def child(*words: str) -> dict[str, Any]:
-    """The same script in a fresh process; its last line is JSON."""
+def child_of(script: str, *words: str) -> dict[str, Any]:
+    """A script in a fresh process; its last line is JSON."""
     done = subprocess.run(
-        [sys.executable, __file__, *words], capture_output=True, text=True, check=True, env=os.environ
+        [sys.executable, script, *words], stdout=subprocess.PIPE, text=True, check=True, env=os.environ
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import render_sparse
+from render_sparse import table
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
@@ -29,11 +32,6 @@ Rows = dict[str, dict[str, Any]]
 def load(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def measured(data: dict[str, Any]) -> str:
@@ -183,6 +181,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scoring_time": ("Price of scoring", scoring_time),
     "memory": ("Memory", memory),
     "startup": ("Start-up and demo", startup),
+    **render_sparse.SECTIONS,
 }
 
 

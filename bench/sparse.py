@@ -44,7 +44,7 @@ OURS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("isc", {"criterion": "isc"}),
     ("dsnot", {"criterion": "dsnot"}),
 )
-FIRST = ("magnitude", "wanda", "sparsegpt", "alps", "alps, both")
+FIRST = ("magnitude", "wanda", "sparsegpt")
 PATTERNS = ("50%", "2:4", "75%", "2:8")
 STILL = ("magnitude",)  # reads no text: one seed is all
 

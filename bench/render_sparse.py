@@ -1,0 +1,186 @@
+"""Sections of `docs/results.md` about sparse models, from the JSON of their benches; `render.py` puts them in place."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+Rows = dict[str, dict[str, Any]]
+PATTERNS = ("50%", "2:4", "75%", "2:8")
+ARMS = ("spp", "lora-masked", "hira", "ia3", "full", "spp, teacher")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean and standard deviation; of fewer than three values, how many there are."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (1)"
+    few = "" if len(values) >= 3 else f" ({len(values)})"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}{few}"
+
+
+def quality(data: dict[str, Any]) -> str:
+    """Perplexity of every method and pattern; beside ours, how far below SparseGPT's on the same seeds."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for key, row in data["rows"].items():
+        if " seed " in key:
+            name, pattern = key.partition(" seed ")[0].rsplit(" ", 1)
+            found.setdefault((name, pattern), {})[key.partition(" seed ")[2]] = row["perplexity"]
+    names = list(dict.fromkeys(name for name, _ in found))
+    body = []
+    for name in sorted(names, key=lambda n: (n.startswith("plain"), names.index(n))):
+        cells = []
+        for pattern in PATTERNS:
+            ours, base = found.get((name, pattern), {}), found.get(("sparsegpt", pattern), {})
+            gains = [100 * (1 - ours[seed] / base[seed]) for seed in ours if seed in base]
+            shown = f" ({statistics.fmean(gains):+.1f} %)" if gains and name != "sparsegpt" else ""
+            cells.append(spread(list(ours.values())) + shown)
+        body.append([name, *cells])
+    settings = data["settings"]["calibration"]
+    about = (
+        f"Perplexity without training; dense {data['rows']['dense']['perplexity']:.2f}. Calibration: "
+        f"{settings['tokens']:,} tokens of {settings['text']} text in blocks of {settings['block']}; evaluation: "
+        "WikiText-2 test, first 20,480 tokens, blocks of 2048. Mean ± standard deviation over calibration seeds (their number where "
+        "fewer than 3). In brackets: how far below SparseGPT on the same seeds. `plain` are the published loops, written "
+        "from their specification in `bench/plain.py`.\n\n"
+    )
+    return about + table(["method", *PATTERNS], body)
+
+
+def speed(data: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{row['median']:.2f}", f"{row['mean']:.2f} ± {row['std']:.2f}"]
+        for name, row in data["rows"].get("summary", {}).items()
+        if isinstance(row, dict)
+    ]
+    settings = data["settings"]
+    about = (
+        f"{settings['tokens']:,} tokens in blocks of {settings['block']}, the first {settings['layers']} blocks of the "
+        f"model, {settings['repeats']} turns. `passes` are the two forward passes through every block that it needs.\n\n"
+    )
+    return about + table(["ratio of times", "median", "mean ± std"], rows)
+
+
+def memory(data: dict[str, Any]) -> str:
+    rows = []
+    for key, row in data["rows"].items():
+        stated = f"{row['stated'] / 1e6:.0f}" if "stated" in row else "-"
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+        rows.append([key, f"{row['bytes'] / 1e6:.0f}", stated, ratio])
+    about = "Beyond the loaded model, in MB; `step` is a training step over the decoder blocks with 1,024 tokens.\n\n"
+    return about + table(["what", "measured", "stated by `estimate`", "ratio"], rows)
+
+
+def steps(data: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{row['median']:.2f} ± {row['std']:.2f}"]
+        for name, row in data["rows"]["step"].items()
+        if isinstance(row, dict) and "median" in row
+    ]
+    about = (
+        "Forward and backward over the decoder blocks, 1,024 tokens. `frozen`: forward and the input's gradient.\n\n"
+    )
+    return about + table(["ratio of times", "median ± std"], rows)
+
+
+def recovery(data: dict[str, Any]) -> str:
+    """Curves of perplexity, then zero-shot tasks in pairs."""
+    rows: Rows = data["rows"]
+    dense = rows["dense"]["perplexity"]
+    body = []
+    for start in ("2:4", "75%"):
+        if f"{start} start" not in rows:
+            continue
+        begin = rows[f"{start} start"]["perplexity"]
+        body.append([f"{start}, untrained", "-", "-", "0", f"{begin:.1f}", "-", "-"])
+        for arm in ARMS:
+            trained = [r for k, r in rows.items() if k.startswith(f"{start} {arm} rate ") and "perplexity" in r]
+            for row in sorted(trained, key=lambda r: r["tokens"]):
+                closed = (begin - row["perplexity"]) / (begin - dense)
+                body.append(
+                    [
+                        f"{start}, {arm}",
+                        f"{row['rate']:g}",
+                        f"{row['trained']:,}",
+                        f"{row['tokens']:,}",
+                        f"{row['perplexity']:.1f}",
+                        f"{100 * closed:.0f} %",
+                        f"{100 * row['changed']:.0f} %",
+                    ]
+                )
+    head = ["start, method", "rate", "trained numbers", "tokens", "perplexity", "gap closed", "weights changed"]
+    about = (
+        f"Dense {dense:.2f}. One run each, seed 0; every zero kept, checked at every mark. Rates were chosen on held-out "
+        "demo text after 50k tokens; the evaluation text was not looked at before.\n\n"
+    )
+    trials = [
+        [
+            k.partition(" rate ")[0],
+            f"{r['rate']:g}",
+            f"{r['heldout']:.3f}" if "heldout" in r else f"broke: {r['broken']}",
+        ]
+        for k, r in rows.items()
+        if " rate " in k and ("broken" in r or "perplexity" not in r)
+    ]
+    parts = [about + table(head, body), table(["trial", "rate", "held-out loss after 50k tokens"], trials)]
+    shown = answers(rows)
+    return "\n\n".join([*parts, shown] if shown else parts)
+
+
+def answers(rows: Rows) -> str:
+    """Zero-shot accuracy by model and task; differences to SPP in pairs, a verdict only beyond two standard errors."""
+    models = list(dict.fromkeys(key.rpartition(": ")[0] for key, row in rows.items() if "correct" in row))
+    tasks = list(dict.fromkeys(key.rpartition(": ")[2] for key, row in rows.items() if "correct" in row))
+    if not models:
+        return ""
+    main = next((model for model in models if " spp at " in model), models[0])
+    body = []
+    for model in models:
+        mine = [rows.get(f"{model}: {task}") for task in tasks]
+        cells = [f"{100 * share(row):.1f}" if row else "-" for row in mine]
+        whole = [row for row in mine if row]
+        bits = sum(sum(row["gold_bits"]) for row in whole) / sum(sum(row["gold_bytes"]) for row in whole)
+        mean = f"{100 * statistics.fmean(share(row) for row in whole):.1f}" if len(whole) == len(tasks) else "-"
+        body.append([model, *cells, mean, f"{bits:.3f}", verdict(rows, tasks, model, main)])
+    return (
+        "Zero-shot accuracy in percent, the same first 500 items of each task (all of ARC-c); last, the mean "
+        f"difference to `{main}` over all items in pairs, ± two standard errors.\n\n"
+        + table(["model", *tasks, "mean", "gold bits/byte", "difference"], body)
+    )
+
+
+def share(row: dict[str, Any]) -> float:
+    right: str = row["correct"]
+    return right.count("1") / len(right)
+
+
+def verdict(rows: Rows, tasks: list[str], model: str, main: str) -> str:
+    """Mean over tasks of the paired differences; errors of tasks add up as independent."""
+    means, variances = [], []
+    for task in tasks:
+        mine, theirs = rows.get(f"{model}: {task}"), rows.get(f"{main}: {task}")
+        if mine is None or theirs is None or model == main:
+            return "-"
+        gaps = [int(a) - int(b) for a, b in zip(mine["correct"], theirs["correct"], strict=True)]
+        means.append(statistics.fmean(gaps))
+        variances.append(statistics.variance(gaps) / len(gaps))
+    gap, error = 100 * statistics.fmean(means), 100 * math.sqrt(sum(variances)) / len(tasks)
+    word = "no verdict" if abs(gap) <= 2 * error else "better" if gap > 0 else "worse"
+    return f"{gap:+.1f} ± {2 * error:.1f}, {word}"
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "sparse": ("Zeros in one shot", quality),
+    "sparse_speed": ("Price of zeros in one shot", speed),
+    "sparse_memory": ("Memory of sparse models' work", memory),
+    "spp": ("Tuning that keeps zeros", recovery),
+    "spp_speed": ("Price of an SPP step", steps),
+}

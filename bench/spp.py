@@ -1,0 +1,255 @@
+"""SPP and its rivals on SmolLM2 after one-shot pruning: the same text, tokens and batches, every zero kept.
+
+    python bench/spp.py --text PATH/wiki.test.raw [--share 1/2]
+
+Start: SparseGPT at 2:4 and at 75 %, 8,192 calibration tokens, seed 0. Rank 16, scale 2, no dropout; 1,024 tokens a
+step, warm-up and then a constant rate, so one run passes all marks. Every arm tries the same three rates for 50k tokens
+from 2:4 and goes on with the one whose merged and rounded model has the lowest loss on held-out demo text; from 75 % it
+takes that rate too, and SPP with a teacher takes SPP's. Perplexity: first 20,480 tokens of the text, blocks of 2048.
+Tasks: the same first 500 items each. Rows and checkpoints are kept, so it can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cutting import calibration
+from ledger import Ledger
+from regrow.artifacts.goal import DIVERGENCES
+from regrow.cache import cache_dir, replacing
+from regrow.engines import masks
+from regrow.engines.adapters import add_adapters, merge, trainable_parameters
+from regrow.engines.bind import Subject
+from regrow.engines.checkpoint import round_to
+from regrow.engines.distil import FromTeacher
+from regrow.engines.perplexity import block_losses
+from regrow.engines.tasks import answer_tasks
+from regrow.engines.texts import documents
+from regrow.engines.tokens import blocks, text_blocks
+from regrow.engines.train import next_token, train
+from regrow.engines.train_settings import TrainSettings
+from regrow.engines.zeros import of_model
+from regrow.errors import BrokenModel
+from regrow.settings import Sparsify
+from regrow.stages import sparsify
+from regrow.stages.load import load
+
+BLOCK, BATCH, RANK = 256, 4, 16
+STEP = BLOCK * BATCH  # tokens
+TRIAL, SHORT, LONG, LONGEST = (steps * STEP for steps in (49, 98, 196, 392))
+RATES = (1e-4, 1e-3, 1e-2)
+ARMS = {"spp": "spp", "lora-masked": "lora", "hira": "hira", "ia3": "ia3", "full": None}
+STARTS = {"2:4": LONG, "75%": SHORT}
+TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
+ITEMS = 500
+
+
+class Enough(Exception):
+    """Training has passed its mark."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--share", default="1/1")
+    asked = parser.parse_args()
+    mine, shares = map(int, asked.share.split("/"))
+    bench = Bench(asked.text.read_text())
+    arms = list(ARMS)
+    bench.measure_start("dense")
+    for start in STARTS:
+        bench.measure_start(start)
+    for arm in arms[mine - 1 :: shares]:
+        for rate in RATES:
+            bench.reach("2:4", arm, rate, TRIAL)
+    for start, mark in STARTS.items():
+        for arm in arms[mine - 1 :: shares]:
+            bench.reach(start, arm, bench.rate(arm), mark)
+        if mine == 1:
+            bench.reach(start, "spp, teacher", bench.rate("spp"), mark)
+    if mine == shares:
+        bench.answer("dense")
+        bench.answer("2:4 start")
+    for arm in ["spp, teacher", *arms][mine - 1 :: shares]:
+        bench.answer(f"2:4 {arm} at {LONG}")
+    if mine == 1:
+        rival = bench.rival()
+        for arm in ("spp", rival):
+            bench.reach("2:4", arm, bench.rate(arm), LONGEST)
+            bench.answer(f"2:4 {arm} at {LONGEST}")
+
+
+class Bench:
+    def __init__(self, text: str) -> None:
+        self.ledger = Ledger(
+            "spp",
+            __doc__ or "",
+            model="demo",
+            step={"block": BLOCK, "batch": BATCH},
+            adapters={"rank": RANK, "alpha": 2 * RANK, "dropout": 0.0},
+            rates=list(RATES),
+            evaluation={"sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": 20480, "seqlen": 2048},
+            items=ITEMS,
+        )
+        self.rows = self.ledger.data["rows"]
+        tokenizer = load("demo").tokenizer
+        self.text = text_blocks(text, tokenizer, seqlen=2048, max_tokens=20480)
+        self.heldout = blocks(documents("demo", "heldout"), tokenizer, block=512, tokens=8192, seed=0)
+        self.training = blocks(documents("demo", "recovery"), tokenizer, block=BLOCK, tokens=LONGEST, seed=0)
+
+    def measure_start(self, start: str) -> None:
+        def measure() -> dict[str, Any]:
+            subject = started(start)
+            found = of_model(subject.model, subject.anatomy)
+            return {**self.losses(subject.model), "zeros": found.share, "mask_hash": found.mask_hash}
+
+        self.ledger.row("dense" if start == "dense" else f"{start} start", measure)
+
+    def losses(self, model: Any) -> dict[str, float]:
+        return {
+            "perplexity": math.exp(block_losses(model, self.text).mean()),
+            "heldout": float(block_losses(model, self.heldout).mean()),
+        }
+
+    def rate(self, arm: str) -> float:
+        """The one with the lowest held-out loss after the trial."""
+        rows = {rate: self.rows[f"2:4 {arm} rate {rate:g} at {TRIAL}"] for rate in RATES}
+        return min(rows, key=lambda rate: rows[rate].get("heldout", math.inf))
+
+    def rival(self) -> str:
+        """SPP's best at equal tokens, by held-out loss; the arms that another process measures are waited for."""
+        others = [arm for arm in ARMS if arm != "spp"]
+        return min(others, key=lambda arm: self.rows[f"2:4 {arm} rate {self.rate(arm):g} at {LONG}"]["heldout"])
+
+    def reach(self, start: str, arm: str, rate: float, mark: int) -> None:
+        """Train until `mark`, measuring on the way at every mark that was not measured before."""
+
+        def key(tokens: int) -> str:
+            return f"{start} {arm} rate {rate:g} at {tokens}"
+
+        if key(mark) in self.rows or "broken" in self.rows.get(key(TRIAL), {}):
+            return
+        subject = started(start)
+        empty = masks.masks_of(subject.model, subject.anatomy)
+        kind = ARMS[arm.partition(",")[0]]
+        model: Any = subject.model
+        if kind:
+            model = add_adapters(model, kind, rank=RANK, alpha=2 * RANK, dropout=0.0, seed=0)
+        goal = FromTeacher(load("demo").model, DIVERGENCES.get("forward-kl")) if "teacher" in arm else next_token
+        trained = trainable_parameters(model)
+
+        def watch(tokens: int, _total: int, _note: str) -> None:
+            if tokens > mark:
+                raise Enough
+            if tokens in (TRIAL, SHORT, LONG, LONGEST) and key(tokens) not in self.rows:
+                final = merged(model, subject, empty, bool(kind), strict=arm != "lora-masked")
+                facts = {"rate": rate, "tokens": tokens, "trained": trained, **changed(final, started(start).model)}
+                if tokens == TRIAL:  # no look at the evaluation text while the rate is open
+                    self.ledger.row(
+                        key(tokens), lambda: facts | {"heldout": float(block_losses(final, self.heldout).mean())}
+                    )
+                else:
+                    self.ledger.row(key(tokens), lambda: facts | self.losses(final))
+                if tokens in (LONG, LONGEST):
+                    keep(final, f"{start} {arm} at {tokens}")
+
+        settings = TrainSettings(
+            tokens=LONGEST, learning_rate=rate, schedule="constant", warmup=12 * STEP / LONGEST, batch=BATCH,
+            micro_batch=BATCH, seed=0, save_every=TRIAL // STEP,
+        )  # fmt: skip
+        folder = cache_dir("bench-spp", f"{start} {arm} {rate:g}".replace(":", "-").replace("%", ""))
+        try:
+            with masks.held(model, None if kind else empty):
+                train(model, self.training, settings, folder=folder, loss=goal, progress=watch)
+        except Enough:
+            pass
+        except BrokenModel as broken:
+            why = broken.came
+            self.ledger.row(key(TRIAL), lambda: {"broken": why, "rate": rate})
+
+    def answer(self, name: str) -> None:
+        """Zero-shot answers of a model, item by item, a row a task."""
+
+        @cache
+        def subject() -> Subject:
+            return started("dense" if name == "dense" else "2:4") if name in ("dense", "2:4 start") else kept(name)
+
+        for task in TASKS:
+
+            def ask(task: str = task) -> dict[str, Any]:
+                items = answer_tasks(subject().model, subject().tokenizer, [task], limit=ITEMS)[task]
+                return {
+                    "correct": "".join("01"[right] for right in items.correct),
+                    "gold_bits": [round(bits, 3) for bits in items.gold_bits],
+                    "gold_bytes": items.gold_bytes,
+                    "chance": sum(1 / n for n in items.choices) / len(items.choices),
+                }
+
+            self.ledger.row(f"{name}: {task}", ask)
+
+
+def place(name: str) -> Path:
+    return cache_dir("bench-spp") / f"{name.replace(':', '-').replace('%', '')}.safetensors"
+
+
+def started(start: str) -> Subject:
+    """The dense model, or what SparseGPT makes of it, rounded as it would be stored; made once."""
+    subject = load("demo")
+    if start == "dense":
+        return subject
+    path = place(f"{start} start")
+    if not path.exists():
+        text = calibration(subject, tokens=8192, block=512, seed=0)
+        sparsify.apply(subject, Sparsify(pattern=start, criterion="sparsegpt"), text, seed=0)
+        keep(subject.model, f"{start} start")
+    return kept(f"{start} start")
+
+
+def keep(model: Any, name: str) -> None:
+    """Weights as they are stored: bf16."""
+    tensors = {key: p.detach().to(torch.bfloat16).contiguous() for key, p in model.named_parameters()}
+    with replacing(place(name)) as partial:
+        save_file(tensors, partial)
+
+
+@torch.no_grad()
+def kept(name: str) -> Subject:
+    subject = load("demo")
+    tensors = load_file(place(name))
+    for key, parameter in subject.model.named_parameters():
+        parameter.copy_(tensors[key])
+    return subject
+
+
+def merged(model: Any, subject: Subject, empty: Any, adapted: bool, *, strict: bool) -> Any:
+    """A copy of the model as it would be stored now; every zero is where it was."""
+    final: Any = copy.deepcopy(model)
+    final = merge(final) if adapted else final.eval()
+    if strict:
+        masks.check_kept(final, empty)
+    masks.put_back(final, empty)
+    round_to(final, subject.store)
+    masks.check_kept(final, empty)
+    return final
+
+
+@torch.no_grad()
+def changed(model: Any, before: Any) -> dict[str, float]:
+    """Share of the non-zero weights of matrices inside decoder layers that are others now."""
+    old = {name: p for name, p in before.named_parameters() if "proj" in name}
+    new = dict(model.named_parameters())
+    moved = sum(int((new[name] != p).sum()) for name, p in old.items())
+    return {"changed": moved / sum(int((p != 0).sum()) for p in old.values())}
+
+
+if __name__ == "__main__":
+    main()
