@@ -29,6 +29,7 @@ from regrow.engines import checkpoint, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
 from regrow.engines.hetero import Holder, holder
+from regrow.engines.readings import Readings
 from regrow.engines.texts import documents, fingerprint
 from regrow.engines.train_settings import FREE
 from regrow.engines.zeros import of_model
@@ -87,8 +88,8 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         with clock.stage("apply"):
             done = _cut(subject, plan, wish)
     if recipe.sparsify is not None:
-        with clock.stage("sparsify"):
-            done = _sparse(subject, recipe, done.holder, progress)
+        with clock.stage("sparsify") as record:
+            done = _sparse(subject, recipe, done.holder, record, progress)
     training: tuple[dict[str, float], ...] = ()
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done) if wish is None else done
@@ -166,10 +167,12 @@ def _cut(subject: Subject, plan: Plan, wish: Wish) -> _Done:
     return _Done(cut.holder, tuple(notes), {"plan.json": json.dumps(plan.to_json())})
 
 
-def _sparse(subject: Subject, recipe: Recipe, held: Holder, progress: Progress | None) -> _Done:
+def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, Any], progress: Progress | None) -> _Done:
     assert recipe.sparsify is not None
     blocks = calibration(subject, recipe) if calibrates(recipe) else None
-    found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, progress=progress)
+    kept = statistics(subject, recipe) if calibrates(recipe) and recipe.sparsify.keep_statistics else None
+    record["cached"] = kept is not None and sparsify.reads_kept(recipe.sparsify, kept)
+    found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, kept=kept, progress=progress)
     spread = " on average over the layers" if len(set(found.patterns)) > 1 else ""
     notes = (
         f"{found.asked}{spread}; {100 * found.sparsity.share:.2f} % of the weights inside decoder layers are zero",
@@ -204,6 +207,19 @@ def calibration(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
         tokens=asked.tokens,
         seed=recipe.seed,
     )
+
+
+def statistics(subject: Subject, recipe: Recipe) -> Readings:
+    """Where readings of this model's dense inputs on this calibration text are kept."""
+    made_by = {
+        "model": subject.source["fingerprint"],
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "calibration": recipe.calibration.model_dump(),
+        "text": fingerprint(recipe.calibration.text),
+        "code": cache.code(),
+    }
+    return Readings(cache.cache_dir("statistics", cache.key(made_by)), subject.anatomy.sizes["L"])
 
 
 def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: Progress | None) -> Scores:

@@ -55,6 +55,11 @@ class Sparsify(_Part):
         description="what a block reads: as pruned before it, as in the dense model (one pass), or pruned with the "
         "dense model's outputs as the target",
     )
+    keep_statistics: bool = Field(
+        default=False,
+        description="keep what dense inputs gave, so that another pattern, criterion or solver reads no text; needs "
+        "`inputs: dense`",
+    )
     leave: tuple[str, ...] = Field(default=(), description="ends of names of linears that stay dense")
     existing: Literal["refuse", "keep"] = Field(
         default="refuse", description="a model that is sparse already: refuse it, or keep every zero it has"

@@ -549,3 +549,18 @@ def test_experts_as_the_hub_has_them(regrow: Command, sparsify: Sparsifier, tmp_
     compared = regrow("diff", folder, source, "--weights", "--json").json
     assert (compared["intact"], compared["share"]) == (False, [0.5, 0.0])
     assert compared["lost"] * 2 == found["weights"]
+
+
+def test_statistics_are_kept_for_the_next_run(
+    sparsify: Sparsifier, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = ("--criterion", "sparsegpt", "--inputs", "dense")
+    wanted, _ = sparsify(short, *dense, "--pattern", "2:4", out="wanted")
+    sparsify(short, *dense, "--pattern", "50%", "--keep-statistics", out="first")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a block ran")
+
+    monkeypatch.setattr("regrow.engines.sparsify.run_layer", refuse)
+    found, _ = sparsify(short, *dense, "--pattern", "2:4", "--keep-statistics", out="second")
+    assert all(torch.equal(weights(found)[name], weight) for name, weight in weights(wanted).items())

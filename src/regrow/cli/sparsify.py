@@ -28,6 +28,10 @@ def sparsify(
         float | None, typer.Option(help="of the Gram matrices, as a share of their mean diagonal")
     ] = None,
     inputs: Annotated[str | None, typer.Option(help="what a block reads: pruned, dense (one pass) or both")] = None,
+    keep_statistics: Annotated[
+        bool | None,
+        typer.Option(help="keep what dense inputs gave: another pattern or solver then reads no text"),
+    ] = None,
     leave: Annotated[str | None, typer.Option(help="ends of names of linears that stay dense")] = None,
     existing: Annotated[str | None, typer.Option(help="zeros that are there already: refuse or keep")] = None,
     calibration: Annotated[str | None, typer.Option(help="text: demo, demo:DOMAIN, a file, or hub:NAME")] = None,
@@ -56,6 +60,7 @@ def sparsify(
         spread=spread,
         damping=damping,
         inputs=inputs,
+        keep_statistics=keep_statistics,
         leave=o.names(leave),
         existing=existing,
     )

@@ -22,6 +22,7 @@ from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
 from regrow.engines.inputs import Matrix, Observer, Reading, matrices
+from regrow.engines.readings import Readings
 from regrow.engines.removal import layer_arguments, run_layer
 from regrow.engines.walk import check_finite
 
@@ -74,9 +75,12 @@ def sparsify(
     patterns: Sequence[Pattern],  # one a layer
     *,
     leave: Sequence[str] = (),
+    kept: Readings | None = None,
     progress: Progress | None = None,
 ) -> list[Pruned]:
     """Make `model` sparse in place and say what became of every matrix that is not in `leave` (ends of names).
+
+    `kept` holds readings of the dense inputs, which are used, or will hold them.
 
     Raises `SettingsError` for a pattern that does not divide, `BrokenModel` when an input is not finite.
     """
@@ -89,15 +93,20 @@ def sparsify(
         for matrix in found:
             patterns[i].check(matrix.name, matrix.weight.shape[1])
     done: list[Pruned] = []
-    stream, calls = (None, []) if blocks is None or method.sees == "nothing" else _enter(model, layers, blocks)
+    routed = method.criterion.sees == "routed"
+    read = blocks is not None and method.sees != "nothing"
+    ready = kept if read and kept is not None and kept.holds(method.sees, routed) else None
+    stream, calls = (None, []) if blocks is None or not read or ready else _enter(model, layers, blocks)
     dense = stream.clone() if stream is not None and method.inputs == "both" else None
     for i, layer in enumerate(layers):
-        readings: dict[str, Reading] = {}
+        readings = {} if ready is None else ready.load(i, method.sees, routed)
         if stream is not None:
-            with Observer(layer, method.sees, method.criterion.sees == "routed") as observer:
+            with Observer(layer, method.sees, routed) as observer:
                 _read(layer, stream, dense, calls[i], observer, keep=method.inputs == "dense")
             readings = observer.readings
-        sequences = 1 if stream is None else len(stream)
+            if kept is not None:
+                kept.save(i, method.sees, routed, readings)
+        sequences = 1 if blocks is None else len(blocks)
         for reading, together in _by_reading(chosen[i], readings):
             done += _prune_together(together, i, reading, method, patterns[i], sequences)
         if stream is not None and method.inputs != "dense" and i + 1 < len(layers):
@@ -116,20 +125,25 @@ def layer_values(
     measure: Callable[[Tensor], float],
     *,
     leave: Sequence[str] = (),
+    kept: Readings | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """`measure` of all scores |w| |x| (n,) of each layer of the dense model, in one pass."""
+    """`measure` of all scores |w| |x| (n,) of each layer of the dense model, in one pass, or none if it was `kept`."""
     layers = list(model.get_submodule(anatomy.family.layers).children())
-    stream, calls = _enter(model, layers, blocks)
+    ready = kept if kept is not None and kept.holds("inputs", False) else None
+    stream, calls = (None, []) if ready else _enter(model, layers, blocks)
     found = []
     for i, layer in enumerate(layers):
-        with Observer(layer, "inputs") as observer:
-            _read(layer, stream, None, calls[i], observer, keep=True)
+        readings = {} if ready is None else ready.load(i, "inputs", False)
+        if stream is not None:
+            with Observer(layer, "inputs") as observer:
+                _read(layer, stream, None, calls[i], observer, keep=True)
+            readings = observer.readings
         scores = []
         for matrix in matrices(layer, f"{anatomy.family.layers}.{i}"):
-            seen = observer.readings.get(matrix.site)
+            seen = readings.get(matrix.site)
             if seen is not None and seen.tokens and not left_out(matrix.name, leave):
-                norm = seen.inputs(len(stream)).squares.sqrt()
+                norm = seen.inputs(len(blocks)).squares.sqrt()
                 scores.append((matrix.weight.abs().float() * norm).flatten())
         found.append(measure(torch.cat(scores)))
         if progress is not None:
