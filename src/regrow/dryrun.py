@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
+TRAIN_COPIES = {"full": 4.0, "ast": 5.25}  # ast: as the model sees its weights, and a byte each for the mask
 EFFICIENCY = 0.6  # of a large matrix product's speed that a whole model reaches
 WORK = 6  # copies of a matrix that a solver holds
 FACTORS = 3  # beside the readings: a Gram matrix with its damping, its factor, and what the factor is made from
@@ -132,7 +133,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
         rows = [*cut_rows(recipe, anatomy, dense, cut, gflops)]
         rows.insert(1, before)
     if trained is not None and trained.tokens:
-        held = 4 * 4 * cut.parameters if trained.method == "full" else 4 * cut.parameters
+        held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
         held += 0 if trained.teacher is None else 4 * dense.parameters
         passes = 3 if trained.teacher is None else 4
         peak = held + trained.micro_batch * trained.block * logits

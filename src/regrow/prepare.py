@@ -13,7 +13,7 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.share import ZERO_SPREADS
-from regrow.engines import checkpoint, tokens
+from regrow.engines import checkpoint, masks, moving_masks, tokens
 from regrow.engines.adapters import layer_linears
 from regrow.engines.bind import Subject
 from regrow.engines.texts import Part, documents, shared
@@ -22,7 +22,7 @@ from regrow.settings import Recipe
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
-from regrow.stages.recover import as_train
+from regrow.stages.recover import WHOLE, as_train
 from regrow.stages.score import Choice, choose, reads_text
 
 RECOVERY_PARTS: tuple[Part, ...] = ("recovery", "heldout")  # what it trains on, and what its curve is measured on
@@ -55,7 +55,7 @@ def check(recipe: Recipe) -> Wish | None:
         if asked.teacher is not None:
             checkpoint.locate(asked.teacher)
         documents(asked.text, "recovery")
-        if asked.method == "full" and recipe.dtype != "fp32":
+        if asked.method in WHOLE and recipe.dtype != "fp32":
             raise SettingsError(
                 f"recovery of all weights in {recipe.dtype}",
                 "fp32, where small updates are not rounded away",
@@ -93,6 +93,7 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
         sparsify.check(subject, recipe.sparsify)
     if wish is None:
         check_rank(subject, recipe)
+    check_zeros(subject, recipe)
     check_texts(subject, recipe)
 
 
@@ -110,6 +111,13 @@ def check_rank(subject: Subject, recipe: Recipe) -> None:
                 f"a rank that divides the outputs of every linear: {', '.join(map(str, fits))}",
                 "choose one of them",
             )
+
+
+def check_zeros(subject: Subject, recipe: Recipe) -> None:
+    """Refuse to move the zeros of a model that has none and gets none. Raises `SettingsError`."""
+    asked = recipe.recover
+    if asked is not None and asked.tokens and asked.method == "ast" and recipe.sparsify is None:
+        moving_masks.needed(masks.masks_of(subject.model, subject.anatomy))
 
 
 def check_texts(subject: Subject, recipe: Recipe) -> None:

@@ -69,9 +69,10 @@ class Sparsify(_Part):
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 
-    method: Literal["lora", "lora-masked", "spp", "hira", "ia3", "full"] = Field(
+    method: Literal["lora", "lora-masked", "spp", "hira", "ia3", "full", "ast"] = Field(
         default="lora",
-        description="adapters that are merged, or all weights; of a sparse model, all but lora keep every zero",
+        description="adapters that are merged, or all weights (full, ast); of a sparse model, lora fills the zeros, "
+        "ast moves them, and the others keep every one",
     )
     tokens: int = Field(default=100_000, ge=0, description="how many tokens are trained on; 0 = no recovery")
     text: str = Field(default="demo", description="as in `calibration`")

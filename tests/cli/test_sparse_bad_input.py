@@ -122,6 +122,7 @@ def test_words(refused: Refused, sprout_dir: Path, out: Path, flags: tuple[str, 
         (("--rank", "0"), ("recover.rank = 0", "greater than or equal to 1")),
         (("--dropout", "1"), ("recover.dropout = 1", "less than 1")),
         (("--adapter", "full", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=lora")),
+        (("--adapter", "ast", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=lora")),
         (("--set", "recover.adapter=spp"), ("unknown recipe key 'recover.adapter'",)),
     ],
     ids=lambda x: " ".join(map(str, x)),
@@ -225,6 +226,11 @@ def test_a_rank_that_does_not_divide(refused: Refused, sprout_dir: Path, out: Pa
     refused(*ask, "--rank", 64, says=("SPP of rank 64 on model.layers.0.mlp.gate_proj, which has 352 outputs",))
     whole = ("run", "spp", "--model", sprout_dir, "--text", "none", "--set", "evaluate.tasks=[]", "--out", out)
     refused(*whole, "--set", "recover.rank=12", says=("SPP of rank 12",))
+
+
+def test_a_dense_model_has_no_zeros_to_move(refused: Refused, sprout_dir: Path, out: Path) -> None:
+    says = ("a model that is not sparse", "no zeros to move", "at least 5 % zeros", "regrow sparsify")
+    refused("recover", sprout_dir, "--adapter", "ast", *TRAIN, "--out", out, says=says)
 
 
 def test_a_teacher_of_another_tongue(refused: Refused, sprout_dir: Path, out: Path, tmp_path: Path) -> None:

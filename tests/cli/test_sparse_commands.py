@@ -413,6 +413,27 @@ def test_recovery_keeps_the_pattern(regrow: Command, thin: Path, tale: Path, tmp
     assert (found["mask_intact"], found["pattern"]) == (True, "50 % zeros")
 
 
+def test_recovery_that_moves_zeros(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
+    """As many zeros in every row, the report says how many moved, and `diff` agrees."""
+    out = tmp_path / "moved"
+    ask = ("recover", thin, "--adapter", "ast", *TRAIN, "--train", tale, "--learning-rate", 0.01)
+    short = ("--tokens", 512, "--set", "recover.block=16")
+    done = regrow(*ask, *short, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert "warning" not in done.err
+    before, after = weights(thin), weights(out)
+    assert all(torch.equal((before[n] == 0).sum(1), (after[n] == 0).sum(1)) for n in matrices(before))
+    old, new = (read(folder, "regrow.json")["sparsity"] for folder in (thin, out))
+    assert (new["pattern"], new["share"]) == (old["pattern"], old["share"])
+    assert new["mask_hash"] != old["mask_hash"]
+    compared = regrow("diff", thin, out, "--weights", "--json").json
+    zeros = sum(int((before[n] == 0).sum()) for n in matrices(before))
+    share = 100 * compared["lost"] / zeros
+    assert share > 0
+    assert f"{share:.1f} % of the zeros lie elsewhere now" in read_report(out).notes
+    assert regrow("inspect", out, "--sparse", "--json").json["sparsity"]["mask_intact"] is True
+
+
 def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
     """With a teacher the loss is a divergence, so here it begins at 0."""
     ask = ("recover", thin, "--adapter", "spp", *TRAIN, "--train", tale, "--loss", "forward-kl", "--teacher", thin)

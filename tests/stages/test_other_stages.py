@@ -224,8 +224,8 @@ def test_recovery_heals_a_cut_and_ends_rounded(subject: Subject, tmp_path: Path,
 
     before = loss()
     settings = Recover(method=method, tokens=4096, block=64, learning_rate=2e-3, rank=4)  # type: ignore[arg-type]
-    result = recover(subject, rows, settings, folder=tmp_path, seed=0)
-    assert result.tokens == 4096
+    done = recover(subject, rows, settings, folder=tmp_path, seed=0)
+    assert (done.training.tokens, done.notes) == (4096, ())
     assert loss() < before - 0.05
     assert not subject.model.training
     assert not any("lora" in name for name, _ in subject.model.named_parameters())

@@ -1,4 +1,4 @@
-"""`regrow recover`: train a cut or sparse model, and write it with every zero it had."""
+"""`regrow recover`: train a cut or sparse model, and write it with as many zeros as it had."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def recover(
     model: o.Model,
     out: o.Out,
     adapter: Annotated[
-        str | None, typer.Option(help="spp, lora, lora-masked, hira, ia3, or full for all weights")
+        str | None, typer.Option(help="spp, lora, lora-masked, hira, ia3; all weights: full, or ast, which moves zeros")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="tokens to train on")] = None,
     rank: Annotated[int | None, typer.Option(help="of the adapters")] = None,
