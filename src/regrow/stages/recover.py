@@ -17,6 +17,7 @@ from regrow.engines import checkpoint, masks
 from regrow.engines.adapters import add_adapters, merge
 from regrow.engines.bind import Subject
 from regrow.engines.distil import FromTeacher, check_teacher
+from regrow.engines.packed import Packed
 from regrow.engines.train import Loss, TrainResult, next_token, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.settings import Recover
@@ -28,16 +29,16 @@ FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked ke
 
 def recover(
     subject: Subject,
-    blocks: Tensor,
+    blocks: Tensor | Packed,
     settings: Recover,
     *,
     folder: Path,
     seed: int,
     teacher: Subject | None = None,
-    heldout: Tensor | None = None,
+    heldout: Tensor | Packed | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train `subject.model` on `blocks` (n, T): all weights, or adapters that are merged afterwards.
+    """Train `subject.model` on `blocks` (n, T) int64: all weights, or adapters that are merged afterwards.
 
     `folder` holds checkpoints: an interrupted recovery goes on where it stopped. Raises `IdentityError` when a zero of
     a sparse model was filled by a method that keeps them.
