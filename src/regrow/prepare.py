@@ -16,9 +16,10 @@ from regrow.artifacts.share import ZERO_SPREADS
 from regrow.engines import checkpoint, masks, moving_masks, tokens
 from regrow.engines.adapters import layer_linears
 from regrow.engines.bind import Subject
+from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, shared
 from regrow.errors import SettingsError, TextError
-from regrow.settings import Recipe
+from regrow.settings import Recipe, Recover
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
@@ -54,7 +55,7 @@ def check(recipe: Recipe) -> Wish | None:
         DIVERGENCES.get(asked.loss)
         if asked.teacher is not None:
             checkpoint.locate(asked.teacher)
-        documents(asked.text, "recovery")
+        tokens.check_lessons(documents(asked.text, "recovery"), asked.template, asked.learn)
         if asked.method in WHOLE and recipe.dtype != "fp32":
             raise SettingsError(
                 f"recovery of all weights in {recipe.dtype}",
@@ -129,8 +130,20 @@ def check_texts(subject: Subject, recipe: Recipe) -> None:
     asked = recipe.recover
     if asked is not None and asked.tokens:
         for part in RECOVERY_PARTS:
-            text = documents(asked.text, part)
-            tokens.blocks(text, subject.tokenizer, block=asked.block, tokens=asked.block, seed=recipe.seed)
+            recovery_text(subject, asked, part, count=asked.block, seed=recipe.seed)
+
+
+def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, seed: int) -> Packed:
+    """`count` tokens of a part of the text that a recovery asks for, with what of them is learnt."""
+    return tokens.lessons(
+        documents(asked.text, part),
+        subject.tokenizer,
+        block=asked.block,
+        tokens=count,
+        seed=seed,
+        template=asked.template,
+        learn=asked.learn,
+    )
 
 
 def calibrates(recipe: Recipe) -> bool:

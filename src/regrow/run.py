@@ -34,7 +34,7 @@ from regrow.engines.texts import documents, fingerprint
 from regrow.engines.train_settings import FREE
 from regrow.engines.zeros import of_model
 from regrow.errors import RegrowWarning
-from regrow.prepare import calibrates, check, check_subject, chosen_criteria
+from regrow.prepare import calibrates, check, check_subject, chosen_criteria, recovery_text
 from regrow.settings import Recipe, dump
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
@@ -329,12 +329,8 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         "dtype": recipe.dtype,
     }
     work = cache.cache_dir("recover", cache.key({**inputs, "text": fingerprint(asked.text)}))
-    blocks = tokens.blocks(
-        documents(asked.text, "recovery"), subject.tokenizer, block=asked.block, tokens=asked.tokens, seed=recipe.seed
-    )
-    heldout = tokens.blocks(
-        documents(asked.text, "heldout"), subject.tokenizer, block=asked.block, tokens=HELDOUT_TOKENS, seed=0
-    )
+    blocks = recovery_text(subject, asked, "recovery", count=asked.tokens, seed=recipe.seed)
+    heldout = recovery_text(subject, asked, "heldout", count=HELDOUT_TOKENS, seed=0)
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
     teacher = None if asked.teacher is None else load(asked.teacher, dtype=recipe.dtype, device=recipe.device)
     found = recover(

@@ -29,7 +29,9 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """Text that scores are measured on. Only the calibration part of a source is used."""
 
-    text: str = Field(default="demo", description="demo, demo:DOMAIN, a .txt, .jsonl or .parquet file, or hub:NAME")
+    text: str = Field(
+        default="demo", description="demo, demo:DOMAIN, a .txt, .json, .jsonl or .parquet file, or hub:NAME"
+    )
     tokens: int = Field(default=4096, ge=1, description="how many tokens are read")
     block: int = Field(default=128, ge=8, description="tokens in a sequence")
 
@@ -76,6 +78,13 @@ class Recover(_Part):
     )
     tokens: int = Field(default=100_000, ge=0, description="how many tokens are trained on; 0 = no recovery")
     text: str = Field(default="demo", description="as in `calibration`")
+    template: Literal["alpaca", "chat"] | None = Field(
+        default=None,
+        description="how instructions are written; null = chat where the tokenizer has a chat template, else alpaca",
+    )
+    learn: Literal["all", "answers"] = Field(
+        default="all", description="of instructions: what is asked too (as SPP does), or answers alone"
+    )
     block: int = Field(default=256, ge=8, description="tokens in a sequence")
     learning_rate: float = Field(default=3e-4, gt=0, description="the peak")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(

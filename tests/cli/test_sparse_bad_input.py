@@ -124,6 +124,10 @@ def test_words(refused: Refused, sprout_dir: Path, out: Path, flags: tuple[str, 
         (("--adapter", "full", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=lora")),
         (("--adapter", "ast", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=lora")),
         (("--set", "recover.adapter=spp"), ("unknown recipe key 'recover.adapter'",)),
+        (("--template", "alpca"), ("unknown recover.template 'alpca'", "did you mean 'alpaca'", "chat")),
+        (("--learn", "answer"), ("unknown recover.learn 'answer'", "did you mean 'answers'", "all")),
+        (("--learn", "answers"), ("learn answers of plain text", "whose rows are instructions and answers")),
+        (("--template", "chat"), ("template chat of plain text", "leave template and learn out")),
     ],
     ids=lambda x: " ".join(map(str, x)),
 )
@@ -132,6 +136,23 @@ def test_words_of_recovery(
 ) -> None:
     code = 1 if "--teacher" in flags else 2
     refused("recover", sprout_dir, "--out", out, "--text", "none", *flags, says=says, code=code)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_row_without_an_answer(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "input": "d"}\n', encoding="utf-8")
+    says = ("rows.jsonl: line 2: 'output' is missing", "instruction (and input) with output", "complete the row")
+    refused("recover", sprout_dir, "--train", rows, "--out", tmp_path / "out", "--text", "none", says=says)
+
+
+@pytest.mark.usefixtures("early")
+def test_no_chat_template(refused: Refused, broken: Path, tmp_path: Path) -> None:
+    (broken / "chat_template.jinja").unlink()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "a {i}", "completion": "b"}}\n' for i in range(40)), encoding="utf-8")
+    says = ("template chat with a tokenizer that has no chat template", "ask for template alpaca")
+    refused("recover", broken, "--train", rows, "--template", "chat", "--out", tmp_path / "out", *TRAIN, says=says)
 
 
 @pytest.mark.usefixtures("cheap")

@@ -24,6 +24,8 @@ def recover(
     train_text: Annotated[
         str | None, typer.Option("--train", help="text: demo, demo:DOMAIN, a file, or hub:NAME")
     ] = None,
+    template: Annotated[str | None, typer.Option(help="how instructions are written: alpaca or chat")] = None,
+    learn: Annotated[str | None, typer.Option(help="of instructions: all, or answers alone")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="learn from this model's predictions: a hub id, a folder, demo")
     ] = None,
@@ -58,6 +60,8 @@ def recover(
             dropout=dropout,
             learning_rate=learning_rate,
             text=train_text,
+            template=template,
+            learn=learn,
             teacher=teacher,
             loss=loss,
         ),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regrow.artifacts.goal import Divergence
 from regrow.engines.head import Head, final_states, head_of, mean_over_tokens
+from regrow.engines.packed import learnt
 from regrow.engines.resume import weights_fingerprint
 from regrow.errors import SettingsError, UnsupportedModel
 
@@ -31,7 +32,10 @@ def needed_head(model: Any, who: str) -> Head:
 
 
 class FromTeacher:
-    """The loss (model, batch) -> () of the training loop: mean divergence from the teacher over all positions."""
+    """The loss (model, batch) -> () of the training loop: mean divergence from the teacher over all positions.
+
+    Where only some tokens are learnt: over the positions before them; 0 where there are none.
+    """
 
     def __init__(self, teacher: Any, divergence: Divergence, options: Mapping[str, Any] | None = None) -> None:
         self.teacher, self.head = teacher.eval(), needed_head(teacher, "teacher")
@@ -39,10 +43,15 @@ class FromTeacher:
         self.__name__ = f"{divergence.name} from {weights_fingerprint(teacher)}"  # what a resumed run must share
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        ids = batch["input_ids"]  # (b, T)
+        ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
+
+        def states(of: Any, where: Any) -> Tensor:  # (positions, C)
+            found = final_states(of, ids.to(where)).to(ids.device)  # (b, T, C)
+            return found.flatten(0, 1) if mask is None else found[:, :-1][mask]
+
         with torch.no_grad():
-            theirs = final_states(self.teacher, ids.to(self.teacher.device)).flatten(0, 1).to(ids.device)  # (b * T, C)
-        ours = final_states(model, ids).flatten(0, 1)  # (b * T, c)
+            theirs = states(self.teacher, self.teacher.device)
+        ours = states(model, ids.device)
         head = needed_head(bare(model), "student")
 
         def measure(logits: Tensor, piece: slice) -> Tensor:

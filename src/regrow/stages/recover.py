@@ -20,6 +20,7 @@ from regrow.engines import checkpoint, masks, moving_masks
 from regrow.engines.adapters import add_adapters, merge
 from regrow.engines.bind import Subject
 from regrow.engines.distil import FromTeacher, check_teacher
+from regrow.engines.packed import Packed, as_packed
 from regrow.engines.train import Loss, TrainResult, next_token, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.settings import Recover
@@ -40,16 +41,16 @@ class Recovered:
 
 def recover(
     subject: Subject,
-    blocks: Tensor,
+    blocks: Tensor | Packed,
     settings: Recover,
     *,
     folder: Path,
     seed: int,
     teacher: Subject | None = None,
-    heldout: Tensor | None = None,
+    heldout: Tensor | Packed | None = None,
     progress: Progress | None = None,
 ) -> Recovered:
-    """Train `subject.model` on `blocks` (n, T): all weights, or adapters that are merged afterwards.
+    """Train `subject.model` on `blocks` (n, T) int64: all weights, or adapters that are merged afterwards.
 
     `folder` holds checkpoints: an interrupted recovery goes on where it stopped. Raises `IdentityError` when a zero of
     a sparse model was filled by a method that keeps them, and `SettingsError` when there is none for `ast` to move.
@@ -61,13 +62,14 @@ def recover(
         check_teacher(model, teacher.model, subject.tokenizer, teacher.tokenizer)
         goal = FromTeacher(teacher.model, DIVERGENCES.get(settings.loss))
     empty, numbers = masks.masks_of(model, subject.anatomy), as_train(settings, seed)
-    zeros = _while_training(model, empty, settings.method, numbers.steps(blocks.shape[1]))
+    text = as_packed(blocks)
+    zeros = _while_training(model, empty, settings.method, numbers.steps(text.ids.shape[1]))
     adapted = settings.method not in WHOLE
     if adapted:
         kind = settings.method.removesuffix("-masked")
         model = add_adapters(model, kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed)
     with zeros:
-        result = train(model, blocks, numbers, folder=folder, loss=goal, heldout=heldout, progress=progress)
+        result = train(model, text, numbers, folder=folder, loss=goal, heldout=heldout, progress=progress)
     subject.model = merge(model) if adapted else model.eval()
     if empty is not None:
         _settle(subject.model, empty, settings.method)
