@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
@@ -161,6 +162,26 @@ class _Loop(Trainer):  # type: ignore[misc]
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + counts * value / self.args.gradient_accumulation_steps
         return counts * loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Under the names that weights have in memory; some formats have others, which are not read back."""
+        model: Any = self.model
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__dict__.pop("save_pretrained", None)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises `BrokenModel` when a checkpoint lacks weights; tied ones are stored once."""
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        if lost := sorted(set(load_result.missing_keys) - tied):
+            raise BrokenModel(
+                f"a checkpoint without {len(lost)} of the model's weights, such as {lost[0]}",
+                "every weight that is trained",
+                "start the training anew, and report it",
+            )
 
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:  # noqa: ARG002
         return 0  # counting them walks every parameter in every pass; costs are counted from shapes
