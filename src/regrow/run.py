@@ -41,7 +41,7 @@ from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
 from regrow.stages.export import export
 from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan, unprotected
-from regrow.stages.recover import recover, warning
+from regrow.stages.recover import Recovered, recover, warning
 from regrow.stages.score import reads_text, score
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -93,7 +93,8 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done) if wish is None else done
         with clock.stage("recover", tokens=recipe.recover.tokens):
-            training, work = _recovered(subject, recipe, plan, progress)
+            recovered, work = _recovered(subject, recipe, plan, progress)
+        training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
     with clock.stage("evaluate after"):
         after = _measure(subject, recipe, progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
@@ -298,10 +299,8 @@ def _measure(subject: Subject, recipe: Recipe, progress: Progress | None) -> dic
     return evaluate(subject.model, subject.tokenizer, recipe.evaluate, progress=progress)
 
 
-def _recovered(
-    subject: Subject, recipe: Recipe, plan: Plan, progress: Progress | None
-) -> tuple[tuple[dict[str, float], ...], Path]:
-    """Train the cut model; returns the curve and the folder of its checkpoints."""
+def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress | None) -> tuple[Recovered, Path]:
+    """Train the model; returns what came of it and the folder of its checkpoints."""
     asked = recipe.recover
     assert asked is not None
     inputs = {
@@ -325,7 +324,7 @@ def _recovered(
     result = recover(
         subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
     )
-    return result.losses, work
+    return result, work
 
 
 def _notes_of_folder(subject: Subject, out: Path, recipe: Recipe, kept: Sparsity | None) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def settings(method: str, **changes: Any) -> Recover:
 def run(subject: Subject, method: str, folder: Path, **changes: Any) -> Any:
     teacher, heldout = changes.pop("teacher", None), changes.pop("heldout", None)
     chosen = settings(method, **changes)
-    return recover(subject, text(), chosen, folder=folder, seed=0, teacher=teacher, heldout=heldout)
+    return recover(subject, text(), chosen, folder=folder, seed=0, teacher=teacher, heldout=heldout).training
 
 
 @torch.no_grad()
@@ -155,6 +155,32 @@ def test_zeros_stay_in_sixteen_bits(method: str, tmp_path: Path) -> None:
     assert {p.dtype for p in subject.model.parameters()} == {torch.bfloat16}
     assert zeros.of_model(subject.model, subject.anatomy).mask_hash == before.mask_hash
     assert not any(bool(weight[empty[name]].signbit().any()) for name, weight in matrices(subject).items())
+
+
+# --- what is left of it in 16 bits
+
+
+@pytest.mark.parametrize(("method", "rate"), [("spp", 1e-4), ("ia3", 1e-5), ("lora-masked", 1e-6), ("spp", 0.1)])
+def test_a_training_that_rounding_takes_back_is_noted(method: str, rate: float, tmp_path: Path) -> None:
+    """With the share that a census of the weights under adapters gives."""
+    subject = sparse()
+    before = {name: weight.detach().clone() for name, weight in matrices(subject).items()}
+    asked = settings(method, learning_rate=rate)
+    found = recover(subject, text(), asked, folder=tmp_path, seed=0)
+    if method == "ia3":
+        before = {name: w for name, w in before.items() if any(end in name for end in ("k_proj", "v_proj", "down"))}
+    moved = sum(int(((matrices(subject)[name] != w) & (w != 0)).sum()) for name, w in before.items())
+    share = moved / sum(int((w != 0).sum()) for w in before.values())
+    assert (share < 0.01) is (rate < 0.1)
+    note = f"only {100 * share:.2g} % of the weights under adapters changed after rounding to 16 bits"
+    assert found.notes == ((f"{note}: raise learning_rate or tokens",) if rate < 0.1 else ())
+
+
+def test_where_all_is_kept_nothing_is_noted(tmp_path: Path) -> None:
+    """Stored in 32 bits, or all weights trained."""
+    wide = replace(sparse(), store=torch.float32)
+    assert recover(wide, text(), settings("spp", learning_rate=1e-4), folder=tmp_path / "a", seed=0).notes == ()
+    assert recover(sparse(), text(), settings("full", learning_rate=1e-7), folder=tmp_path / "b", seed=0).notes == ()
 
 
 # --- when one is lost

@@ -7,6 +7,7 @@ LoRA, which says so. What this gives up: training that moves the zeros about.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from regrow.artifacts.goal import DIVERGENCES
 from regrow.engines import checkpoint, masks
-from regrow.engines.adapters import add_adapters, merge
+from regrow.engines.adapters import add_adapters, merge, moved
 from regrow.engines.bind import Subject
 from regrow.engines.distil import FromTeacher, check_teacher
 from regrow.engines.train import Loss, TrainResult, next_token, train
@@ -24,6 +25,15 @@ from regrow.settings import Recover
 Progress = Callable[[int, int, str], None]
 
 FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them"
+FEW = 0.01  # of the weights under adapters; fewer that change were hardly worth the training
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """How the training went, and what of it is left in the weights as they are stored."""
+
+    training: TrainResult
+    notes: tuple[str, ...] = ()
 
 
 def recover(
@@ -36,7 +46,7 @@ def recover(
     teacher: Subject | None = None,
     heldout: Tensor | None = None,
     progress: Progress | None = None,
-) -> TrainResult:
+) -> Recovered:
     """Train `subject.model` on `blocks` (n, T): all weights, or adapters that are merged afterwards.
 
     `folder` holds checkpoints: an interrupted recovery goes on where it stopped. Raises `IdentityError` when a zero of
@@ -46,7 +56,7 @@ def recover(
     device, dtype = model.device, model.dtype
     goal: Loss = next_token
     if teacher is not None:
-        check_teacher(model, teacher.model, subject.tokenizer, teacher.tokenizer)
+        check_teacher(model.config, teacher.model.config, subject.tokenizer, teacher.tokenizer)
         goal = FromTeacher(teacher.model, DIVERGENCES.get(settings.loss))
     empty = masks.masks_of(model, subject.anatomy)
     adapted = settings.method != "full"
@@ -57,6 +67,7 @@ def recover(
         result = train(
             model, blocks, as_train(settings, seed), folder=folder, loss=goal, heldout=heldout, progress=progress
         )
+    notes = _little(moved(model, subject.store), subject) if adapted else ()
     subject.model = merge(model) if adapted else model.eval()
     if empty is not None and settings.method != "lora":
         if settings.method != "lora-masked":
@@ -64,7 +75,16 @@ def recover(
         masks.put_back(subject.model, empty)
     checkpoint.round_to(subject.model, subject.store)
     subject.model.to(device=device, dtype=dtype)  # the trainer moves models, and adapters are merged in fp32
-    return result
+    return Recovered(result, notes)
+
+
+def _little(share: float, subject: Subject) -> tuple[str, ...]:
+    """A note when rounding took nearly all that adapters had learnt."""
+    if share >= FEW:
+        return ()
+    bits = 8 * subject.store.itemsize
+    what = f"only {100 * share:.2g} % of the weights under adapters changed after rounding to {bits} bits"
+    return (f"{what}: raise learning_rate or tokens",)
 
 
 def warning(subject: Subject, settings: Recover) -> str | None:
@@ -75,6 +95,7 @@ def warning(subject: Subject, settings: Recover) -> str | None:
 
 def as_train(settings: Recover, seed: int) -> TrainSettings:
     """The training loop's settings behind a recipe's `recover`. Raises `SettingsError`."""
+    assert settings.learning_rate is not None  # the method's own where none was named
     return TrainSettings(
         tokens=settings.tokens,
         learning_rate=settings.learning_rate,

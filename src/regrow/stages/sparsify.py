@@ -166,7 +166,7 @@ def spread(
     else:
         assert blocks is not None
         values = layer_values(subject.model, subject.anatomy, blocks, how.measure, leave=settings.leave, progress=say)
-    return share(asked, how.offsets(values), sizes, how)
+    return share(asked, values, sizes, how)
 
 
 def layer_sizes(subject: Subject, settings: Sparsify) -> list[int]:
