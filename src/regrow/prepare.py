@@ -6,6 +6,7 @@ What this gives up: faults that only the model's numbers show.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
@@ -13,9 +14,10 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.share import ZERO_SPREADS
-from regrow.engines import checkpoint, masks, moving_masks, tokens
+from regrow.engines import checkpoint, masks, moving_masks, spp_forward, tokens
 from regrow.engines.adapters import layer_linears
 from regrow.engines.bind import Subject
+from regrow.engines.distil import check_teacher
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, shared
 from regrow.errors import SettingsError, TextError
@@ -95,6 +97,7 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
     if wish is None:
         check_rank(subject, recipe)
     check_zeros(subject, recipe)
+    check_tongue(subject, recipe)
     check_texts(subject, recipe)
 
 
@@ -103,15 +106,18 @@ def check_rank(subject: Subject, recipe: Recipe) -> None:
     asked = recipe.recover
     if asked is None or not asked.tokens or asked.method != "spp":
         return
-    rows = {name: len(subject.model.get_submodule(name).weight) for name in layer_linears(subject.model)}
-    for name, outputs in rows.items():
-        if outputs % asked.rank:
-            fits = [d for d in range(1, 4 * asked.rank) if not any(r % d for r in rows.values())]
-            raise SettingsError(
-                f"SPP of rank {asked.rank} on {name}, which has {outputs} outputs",
-                f"a rank that divides the outputs of every linear: {', '.join(map(str, fits))}",
-                "choose one of them",
-            )
+    model: Any = subject.model
+    spp_forward.check_rank(asked.rank, {name: len(model.get_submodule(name).weight) for name in layer_linears(model)})
+
+
+def check_tongue(subject: Subject, recipe: Recipe) -> None:
+    """Refuse a teacher whose tokens are others, before anything is pruned for it. Raises `SettingsError`."""
+    asked = recipe.recover
+    if asked is None or not asked.tokens or asked.teacher is None:
+        return
+    folder = checkpoint.locate(asked.teacher)
+    config = checkpoint.read_config(folder)
+    check_teacher(subject.model.config, config, subject.tokenizer, checkpoint.read_tokenizer(folder, config))
 
 
 def check_zeros(subject: Subject, recipe: Recipe) -> None:

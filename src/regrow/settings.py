@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from regrow.errors import InputError, SettingsError, UnknownName, guess
 
@@ -37,7 +37,7 @@ class Calibration(_Part):
 
 
 class Sparsify(_Part):
-    """Zeros in the weight matrices of the decoder layers; shapes stay."""
+    """Zeros in the weight matrices of the decoder layers; shapes stay. A recipe has `keep: null` then."""
 
     pattern: str = Field(
         default="50%", description="a percentage of zeros, or kept of every so many neighbours: 2:4, 2:8"
@@ -68,6 +68,12 @@ class Sparsify(_Part):
     )
 
 
+RATES = {"lora": 3e-4, "lora-masked": 3e-4, "spp": 4e-3, "hira": 4e-3, "ia3": 4e-3, "full": 3e-5, "ast": 3e-5}
+"""The peak rate of each way to recover. LoRA: LLM-Pruner's. SPP: its paper's; HiRA and IA3 multiply weights as it does,
+and a factor that is nearer to 1 than about 1/400 is rounded away in 16 bits. All weights: a tenth of LoRA's, since each
+of them moves by about the rate in every step."""
+
+
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 
@@ -86,7 +92,12 @@ class Recover(_Part):
         default="all", description="of instructions: what is asked too (as SPP does), or answers alone"
     )
     block: int = Field(default=256, ge=8, description="tokens in a sequence")
-    learning_rate: float = Field(default=3e-4, gt=0, description="the peak")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="the peak; null = the method's own: "
+        + ", ".join(f"{name} {rate:g}" for name, rate in RATES.items()),
+    )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         default="cosine", description="of the learning rate; wsd: warm up, stay, decay over the last fifth"
     )
@@ -101,6 +112,12 @@ class Recover(_Part):
         default=None, description="learn from this model's predictions instead of the text's next token; same tokenizer"
     )
     loss: str = Field(default="forward-kl", description="how far from the teacher; `regrow ls losses`")
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _own_rate(cls, rate: float | None, info: ValidationInfo) -> float | None:
+        """A recipe says its rate wherever it is written down."""
+        return RATES.get(info.data.get("method", "")) if rate is None else rate
 
 
 class Evaluate(_Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -254,12 +255,30 @@ def test_a_dense_model_has_no_zeros_to_move(refused: Refused, sprout_dir: Path, 
     refused("recover", sprout_dir, "--adapter", "ast", *TRAIN, "--out", out, says=says)
 
 
+@pytest.mark.usefixtures("early")
 def test_a_teacher_of_another_tongue(refused: Refused, sprout_dir: Path, out: Path, tmp_path: Path) -> None:
+    """Said before anything is calibrated, pruned or measured."""
     other = tmp_path / "other"
     other.mkdir()
     checkpoint.write(make("llama"), tokenizer(), other, torch.float32, None)
     says = ("a teacher whose tokenizer is another one (vocabularies of 64 and", "choose another teacher")
     refused("recover", sprout_dir, "--teacher", other, *TRAIN, "--out", out, says=says)
+    whole = ("run", "spp", "--model", sprout_dir, "--text", "none", "--set", "evaluate.tasks=[]", "--out", out)
+    refused(*whole, "--set", f"recover.teacher={other}", says=says)
+    cut = ("run", "demo", "--model", sprout_dir, "--text", "none", "--out", out)
+    refused(*cut, "--set", f"recover.teacher={other}", says=says)
+
+
+@pytest.mark.usefixtures("early")
+def test_a_teacher_whose_tokens_are_others(refused: Refused, sprout_dir: Path, out: Path, broken: Path) -> None:
+    """As many tokens, two of them swapped."""
+    path = broken / "tokenizer.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = found["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(found), encoding="utf-8")
+    says = ("whose tokenizer is another one (token 'a' is",)
+    refused("recover", sprout_dir, "--teacher", broken, *TRAIN, "--out", out, says=says)
 
 
 # ---- broken models and texts

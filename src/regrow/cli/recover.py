@@ -20,7 +20,7 @@ def recover(
     rank: Annotated[int | None, typer.Option(help="of the adapters")] = None,
     alpha: Annotated[float | None, typer.Option(help="adapters are scaled by alpha / rank")] = None,
     dropout: Annotated[float | None, typer.Option(help="before the adapters")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="the peak")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="the peak; the method's own unless named")] = None,
     train_text: Annotated[
         str | None, typer.Option("--train", help="text: demo, demo:DOMAIN, a file, or hub:NAME")
     ] = None,

@@ -18,6 +18,16 @@ from regrow.engines.packed import learnt
 from regrow.engines.resume import weights_fingerprint
 from regrow.errors import SettingsError, UnsupportedModel
 
+PROBES = (
+    "The quick brown fox, naïve façade!\n",
+    "Съешь ещё этих мягких французских булок",
+    "敏捷的棕色狐狸，跳过了懒狗。",
+    "def f(x):\n\tif x:\n        return  x ** 2  # done\n\n",
+    "0123456789 3.14159 1,000,000 2026-05-31",
+    "👩\u200d🚀 🎉🇩🇪",
+)
+"""Texts that tokenizers of one vocabulary may still cut in different places: scripts, white space, digits, emoji."""
+
 
 def needed_head(model: Any, who: str) -> Head:
     """Raises `UnsupportedModel` when the model has no plain linear for a head."""
@@ -70,12 +80,29 @@ def bare(model: Any) -> Any:
 
 
 def check_teacher(student: Any, teacher: Any, ours: Any, theirs: Any) -> None:
-    """Raise `SettingsError` unless both tokenizers give the same ids."""
-    sizes = student.config.vocab_size, teacher.config.vocab_size
-    probe = "The quick brown fox, 1234 times: naïve façade!\n"
-    if sizes[0] != sizes[1] or ours(probe).input_ids != theirs(probe).input_ids:
+    """Raise `SettingsError` unless a token means the same to both configurations and both tokenizers."""
+    why = _difference(student, teacher, ours, theirs)
+    if why is not None:
         raise SettingsError(
-            f"a teacher whose tokenizer is another one (vocabularies of {sizes[1]:,} and {sizes[0]:,})",
+            f"a teacher whose tokenizer is another one ({why})",
             "a teacher with the student's tokenizer, such as the model it was cut from",
             "choose another teacher, or train without one",
         )
+
+
+def _difference(student: Any, teacher: Any, ours: Any, theirs: Any) -> str | None:
+    """The first thing that sets two tokenizers apart: sizes, ids of tokens, special tokens, how text is cut."""
+    if student.vocab_size != teacher.vocab_size:
+        return f"vocabularies of {teacher.vocab_size:,} and {student.vocab_size:,}"
+    here, there = ours.get_vocab(), theirs.get_vocab()
+    odd = min(here.items() ^ there.items(), default=None)
+    if odd is not None:
+        return f"token {odd[0]!r} is {there.get(odd[0], 'none')} there and {here.get(odd[0], 'none')} here"
+    for role in ("bos_token", "eos_token"):
+        if getattr(ours, role) != getattr(theirs, role):
+            return f"{role} is {getattr(theirs, role)!r} there and {getattr(ours, role)!r} here"
+    for text in PROBES:
+        cut = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for tokenizer in (ours, theirs)]
+        if cut[0] != cut[1]:
+            return f"it cuts {text!r} in other places"
+    return None

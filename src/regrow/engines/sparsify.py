@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from regrow.artifacts.curvature import Curvature
 from regrow.artifacts.linear import Inputs, Linear, Solver, Sparse
-from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
@@ -128,7 +127,10 @@ def layer_values(
     kept: Readings | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """`measure` of all scores |w| |x| (n,) of each layer of the dense model, in one pass, or none if it was `kept`."""
+    """`measure` of all scores |w| |x| (n,) of each layer of the dense model, in one pass; 0 of a layer without any.
+
+    Readings that were `kept` spare the pass.
+    """
     layers = list(model.get_submodule(anatomy.family.layers).children())
     ready = kept if kept is not None and kept.holds("inputs", False) else None
     stream, calls = (None, []) if ready else _enter(model, layers, blocks)
@@ -145,7 +147,7 @@ def layer_values(
             if seen is not None and seen.tokens and not left_out(matrix.name, leave):
                 norm = seen.inputs(len(blocks)).squares.sqrt()
                 scores.append((matrix.weight.abs().float() * norm).flatten())
-        found.append(measure(torch.cat(scores)))
+        found.append(measure(torch.cat(scores)) if scores else 0.0)
         if progress is not None:
             progress(i + 1, len(layers))
     return found
@@ -224,8 +226,7 @@ def _prune(
         target = curvature.target(target, found.cross)
     empty = weight == 0 if method.keep_zeros else None
     task = task_of(target, inputs, curvature, method.criterion, pattern, empty)
-    gone = lowest(task.scores, pattern, method.criterion.within)
-    gone = gone if empty is None else gone | empty
+    gone = task.lowest(task.scores, method.criterion.within)
     answer = Sparse(task.weight.masked_fill(gone, 0), gone)
     for solver, options in method.solvers:
         answer = solver.solve(task, answer, **options)
@@ -262,7 +263,8 @@ def task_of(
         return scores if empty is None else scores.masked_fill(empty[:, columns], -1)
 
     every = score(weight, slice(None))
-    return Linear(weight, pattern, criterion.within, every, inputs, curvature, score if criterion.adapts else None)
+    rescore = score if criterion.adapts else None
+    return Linear(weight, pattern, criterion.within, every, inputs, curvature, rescore, empty)
 
 
 def _error(dense: Tensor, sparse: Tensor, curvature: Curvature) -> float:

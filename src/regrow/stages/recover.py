@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regrow.artifacts.goal import DIVERGENCES
 from regrow.engines import checkpoint, masks, moving_masks
-from regrow.engines.adapters import add_adapters, merge
+from regrow.engines.adapters import add_adapters, merge, moved
 from regrow.engines.bind import Subject
 from regrow.engines.distil import FromTeacher, check_teacher
 from regrow.engines.packed import Packed, as_packed
@@ -29,6 +29,7 @@ Progress = Callable[[int, int, str], None]
 
 FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them, ast moves them"
 WHOLE = ("full", "ast")  # methods that train all weights
+FEW = 0.01  # of the weights under adapters; fewer that change were hardly worth the training
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def recover(
     device, dtype = model.device, model.dtype
     goal: Loss = next_token
     if teacher is not None:
-        check_teacher(model, teacher.model, subject.tokenizer, teacher.tokenizer)
+        check_teacher(model.config, teacher.model.config, subject.tokenizer, teacher.tokenizer)
         goal = FromTeacher(teacher.model, DIVERGENCES.get(settings.loss))
     empty, numbers = masks.masks_of(model, subject.anatomy), as_train(settings, seed)
     text = as_packed(blocks)
@@ -70,12 +71,15 @@ def recover(
         model = add_adapters(model, kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed)
     with zeros:
         result = train(model, text, numbers, folder=folder, loss=goal, heldout=heldout, progress=progress)
+    notes = _little(moved(model, subject.store), subject) if adapted else ()
     subject.model = merge(model) if adapted else model.eval()
     if empty is not None:
         _settle(subject.model, empty, settings.method)
     checkpoint.round_to(subject.model, subject.store)
     subject.model.to(device=device, dtype=dtype)  # the trainer moves models, and adapters are merged in fp32
-    return Recovered(result, _notes(subject.model, empty, settings.method))
+    if settings.method == "ast" and empty is not None:
+        notes = _elsewhere(subject.model, empty)
+    return Recovered(result, notes)
 
 
 def _while_training(model: Any, empty: masks.Masks | None, method: str, steps: int) -> AbstractContextManager[None]:
@@ -95,11 +99,19 @@ def _settle(model: Any, empty: masks.Masks, method: str) -> None:
         masks.put_back(model, empty)
 
 
-def _notes(model: Any, empty: masks.Masks | None, method: str) -> tuple[str, ...]:
-    if method != "ast" or empty is None:
+def _elsewhere(model: Any, empty: masks.Masks) -> tuple[str, ...]:
+    """A note on how many zeros have moved."""
+    gone, zeros = sum(masks.lost(model, empty).values()), sum(int(mask.sum()) for mask in empty.values())
+    return (f"{100 * gone / zeros:.1f} % of the zeros lie elsewhere now",)
+
+
+def _little(share: float, subject: Subject) -> tuple[str, ...]:
+    """A note when rounding took nearly all that adapters had learnt."""
+    if share >= FEW:
         return ()
-    moved, zeros = sum(masks.lost(model, empty).values()), sum(int(mask.sum()) for mask in empty.values())
-    return (f"{100 * moved / zeros:.1f} % of the zeros lie elsewhere now",)
+    bits = 8 * subject.store.itemsize
+    what = f"only {100 * share:.2g} % of the weights under adapters changed after rounding to {bits} bits"
+    return (f"{what}: raise learning_rate or tokens",)
 
 
 def warning(subject: Subject, settings: Recover) -> str | None:
@@ -110,6 +122,7 @@ def warning(subject: Subject, settings: Recover) -> str | None:
 
 def as_train(settings: Recover, seed: int) -> TrainSettings:
     """The training loop's settings behind a recipe's `recover`. Raises `SettingsError`."""
+    assert settings.learning_rate is not None  # the method's own where none was named
     return TrainSettings(
         tokens=settings.tokens,
         learning_rate=settings.learning_rate,

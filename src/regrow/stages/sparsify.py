@@ -192,7 +192,7 @@ def spread(
         values = layer_values(
             subject.model, subject.anatomy, blocks, how.measure, leave=settings.leave, kept=kept, progress=say
         )
-    return share(asked, how.offsets(values), sizes, how)
+    return share(asked, values, sizes, how)
 
 
 def layer_sizes(subject: Subject, settings: Sparsify) -> list[int]:
