@@ -117,9 +117,11 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         notes=(*([f"dense: {subject.source['note']}"] if subject.source.get("note") else []), *done.notes),
         stages=clock.stages,
         training=training,
-        sparsity=_by_layer(subject, kept, done.errors),
+        sparsity=_by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
     )
     files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.files}
+    if done.sparsified is not None and kept is not None:  # zeros may have moved since
+        files["sparsity.json"] = json.dumps(replace(done.sparsified, sparsity=kept).to_json(), indent=1)
     pages = page(report, plan if wish else None, scores, files["recipe.yaml"])
     export(subject, done.holder, out, {**files, **pages}, _notes_of_folder(subject, out, recipe, kept))
     if training:
@@ -134,7 +136,7 @@ class _Done:
     holder: Holder
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
-    errors: Mapping[int, float] = field(default_factory=dict)  # of outputs, relative, by layer
+    sparsified: sparsify.Sparsified | None = None
 
 
 def _by_layer(subject: Subject, kept: Sparsity | None, errors: Mapping[int, float]) -> tuple[dict[str, float], ...]:
@@ -180,7 +182,7 @@ def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, An
         "zeros are stored as zeros: dense kernels gain nothing by them, and neither does the file",
         *found.notes,
     )
-    return _Done(held, notes, {"sparsity.json": json.dumps(found.to_json(), indent=1)}, found.errors)
+    return _Done(held, notes, sparsified=found)
 
 
 STRUCTURED = {"axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform", "divisors"}

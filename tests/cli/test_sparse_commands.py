@@ -505,8 +505,11 @@ def test_recipes_dry_run(regrow: Command, sprout_dir: Path, name: str) -> None:
     assert regrow("show", name, "--json").json["name"] == name
 
 
-def test_a_recipe_from_dense_to_tuned(regrow: Command, short: Path, tale: Path, tmp_path: Path) -> None:
-    settings = ("evaluate.tasks=[]", "recover.block=64", "recover.batch=4", "calibration.block=64")
+@pytest.mark.parametrize("method", ["spp", "ast"])
+def test_a_recipe_from_dense_to_tuned(regrow: Command, short: Path, tale: Path, tmp_path: Path, method: str) -> None:
+    """The files say where the zeros lie in the end, where the training moves them too."""
+    more = ("recover.block=16", "recover.batch=2", "recover.micro_batch=2", "recover.learning_rate=0.01")
+    settings = (f"recover.method={method}", "evaluate.tasks=[]", "calibration.block=64", *more)
     sets = [
         part for item in (*settings, f"calibration.text={tale}", f"recover.text={tale}") for part in ("--set", item)
     ]
