@@ -57,6 +57,12 @@ class Sparsify(_Part):
         description="what a block reads: as pruned before it, as in the dense model (one pass), or pruned with the "
         "dense model's outputs as the target",
     )
+    mend: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="with `inputs: both`, how far the target goes towards the dense model's outputs; 1 = all the way",
+    )
     keep_statistics: bool = Field(
         default=False,
         description="keep what dense inputs gave, so that another pattern, criterion or solver reads no text; needs "

@@ -399,7 +399,7 @@ def test_a_singular_matrix_raises_the_damping_stepwise_and_says_so() -> None:
 def test_equal_inputs_give_the_weight_back_as_its_own_target() -> None:
     x, w = inputs(), weights()
     curvature = Curvature(x.T @ x)
-    assert torch.allclose(curvature.target(w, x.T @ x), w, atol=1e-9)
+    assert torch.allclose(curvature.target(w, x.T @ x, 1.0), w, atol=1e-9)
 
 
 def test_the_target_is_what_comes_nearest_to_the_dense_outputs() -> None:
@@ -407,4 +407,6 @@ def test_the_target_is_what_comes_nearest_to_the_dense_outputs() -> None:
     dense = x + 0.3 * inputs(seed=5)
     curvature = Curvature(x.T @ x, damping=1e-13)
     expected = torch.linalg.lstsq(x, dense @ w.T).solution.T
-    assert torch.allclose(curvature.target(w, dense.T @ x), expected, atol=1e-5)
+    assert torch.allclose(curvature.target(w, dense.T @ x, 1.0), expected, atol=1e-5)
+    assert torch.equal(curvature.target(w, dense.T @ x, 0.0), w)
+    assert torch.allclose(curvature.target(w, dense.T @ x, 0.25), w + (expected - w) / 4, atol=1e-5)

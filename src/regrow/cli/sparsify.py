@@ -28,6 +28,9 @@ def sparsify(
         float | None, typer.Option(help="of the Gram matrices, as a share of their mean diagonal")
     ] = None,
     inputs: Annotated[str | None, typer.Option(help="what a block reads: pruned, dense (one pass) or both")] = None,
+    mend: Annotated[
+        float | None, typer.Option(help="with inputs both: how far to aim at the dense model's outputs, 0 to 1")
+    ] = None,
     keep_statistics: Annotated[
         bool | None,
         typer.Option(help="keep what dense inputs gave: another pattern or solver then reads no text"),
@@ -60,6 +63,7 @@ def sparsify(
         spread=spread,
         damping=damping,
         inputs=inputs,
+        mend=mend,
         keep_statistics=keep_statistics,
         leave=o.names(leave),
         existing=existing,

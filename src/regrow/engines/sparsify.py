@@ -38,6 +38,7 @@ class Method:
     inputs: Literal["pruned", "dense", "both"] = "pruned"
     """What a block reads: what the pruned blocks before it give, what the dense model gives, or what the pruned ones
     give with the dense model's outputs as the target."""
+    mend: float = 0.25  # with both: how far the target goes from the dense weights (0) to the dense outputs (1)
     keep_zeros: bool = False  # what is zero before stays zero
 
     @property
@@ -223,7 +224,7 @@ def _prune(
         check_finite(f"inputs of {matrix.name}", inputs.squares)
     target = weight.float()
     if curvature is not None and found is not None and found.cross is not None:
-        target = curvature.target(target, found.cross)
+        target = curvature.target(target, found.cross, method.mend)
     empty = weight == 0 if method.keep_zeros else None
     task = task_of(target, inputs, curvature, method.criterion, pattern, empty)
     gone = task.lowest(task.scores, method.criterion.within)

@@ -79,7 +79,14 @@ def choose(settings: Sparsify) -> Method:
             "read dense inputs, or keep no statistics",
         )
     chosen = tuple((s, {k: v for k, v in settings.options.items() if k in s.options}) for s in solvers)
-    return Method(criterion, chosen, settings.damping, settings.inputs, settings.existing == "keep")
+    return Method(
+        criterion,
+        chosen,
+        damping=settings.damping,
+        inputs=settings.inputs,
+        mend=settings.mend,
+        keep_zeros=settings.existing == "keep",
+    )
 
 
 def _check_values(solver: Solver, options: Mapping[str, Any]) -> None:
