@@ -30,13 +30,11 @@ def recover(
         str | None, typer.Option(help="learn from this model's predictions: a hub id, a folder, demo")
     ] = None,
     loss: Annotated[str | None, typer.Option(help="how far from the teacher; see `regrow ls losses`")] = None,
-    text: Annotated[str | None, typer.Option(help="text to measure on: a file, demo, or none")] = None,
-    tasks: Annotated[str | None, typer.Option(help="zero-shot tasks to measure, with commas")] = None,
-    limit: Annotated[int | None, typer.Option(help="items of each task")] = None,
-    speed: Annotated[bool, typer.Option(help="measure speed and memory")] = False,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, such as recover.batch=16; repeatable")
-    ] = None,
+    text: o.Text = None,
+    tasks: o.Tasks = None,
+    limit: o.Limit = None,
+    speed: o.Speed = False,
+    override: o.Override = None,
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
