@@ -76,8 +76,8 @@ class Curvature:
         import torch
 
         root = self.gram.diagonal().sqrt()
-        values, vectors = torch.linalg.eigh((self.gram / root / root[:, None]).double())
-        return root, values.clamp_min(0).to(root), vectors.to(root)
+        values, vectors = torch.linalg.eigh(self.gram / root / root[:, None])
+        return root, values.clamp_min(0), vectors
 
     @cached_property
     def inverse_diagonal(self) -> torch.Tensor:

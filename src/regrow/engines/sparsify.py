@@ -23,6 +23,7 @@ from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
 from regrow.engines.inputs import Matrix, Observer, Reading, matrices
 from regrow.engines.readings import Readings
 from regrow.engines.removal import layer_arguments, run_layer
+from regrow.engines.room import give_back
 from regrow.engines.walk import check_finite
 
 Progress = Callable[[int, int], None]  # (blocks done, blocks in all)
@@ -108,6 +109,7 @@ def sparsify(
                 kept.save(i, method.sees, routed, readings)
         sequences = 1 if blocks is None else len(blocks)
         for reading, together in _by_reading(chosen[i], readings):
+            give_back()
             done += _prune_together(together, i, reading, method, patterns[i], sequences)
         if stream is not None and method.inputs != "dense" and i + 1 < len(layers):
             for k in range(len(stream)):

@@ -18,7 +18,7 @@ from regrow.artifacts.pattern import Pattern
 
 RUN = 8  # columns taken together where the mask is known
 TABLE = 256  # subsets of a group that are prepared in advance, at most
-ROWS = 256  # rows whose joint removals are solved together
+ROWS = 64  # rows whose joint removals are solved together
 
 Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weights (m, b), gone (m, b), errors (m, b)
 
