@@ -119,9 +119,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         training=training,
         sparsity=_by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
     )
-    files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.files}
-    if done.sparsified is not None and kept is not None:  # zeros may have moved since
-        files["sparsity.json"] = json.dumps(replace(done.sparsified, sparsity=kept).to_json(), indent=1)
+    files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.papers(kept)}
     pages = page(report, plan if wish else None, scores, files["recipe.yaml"])
     export(subject, done.holder, out, {**files, **pages}, _notes_of_folder(subject, out, recipe, kept))
     if training:
@@ -137,6 +135,13 @@ class _Done:
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     sparsified: sparsify.Sparsified | None = None
+
+    def papers(self, kept: Sparsity | None) -> dict[str, str]:
+        """The files; where zeros lie is what was `kept` in the end, since training may have moved them."""
+        if self.sparsified is None or kept is None:
+            return dict(self.files)
+        found = replace(self.sparsified, sparsity=kept)
+        return {**self.files, "sparsity.json": json.dumps(found.to_json(), indent=1)}
 
 
 def _by_layer(subject: Subject, kept: Sparsity | None, errors: Mapping[int, float]) -> tuple[dict[str, float], ...]:
