@@ -13,16 +13,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from regrow.settings import Axis, Calibration, Evaluate, Recipe, Recover
+from regrow.settings import PARTS, Axis, Recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BEGIN, END = "<!-- keys: written by scripts/recipe_docs.py -->", "<!-- end of keys -->"
-PARTS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("", Recipe),
-    ("calibration", Calibration),
-    ("recover", Recover),
-    ("evaluate", Evaluate),
-)
+TABLES: dict[str, type[BaseModel]] = {"": Recipe, **PARTS}
 PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
 
 
@@ -54,7 +49,7 @@ def default(field: FieldInfo) -> str:
 def tables() -> str:
     """Every key with its kind, default and meaning, as Markdown."""
     lines: list[str] = []
-    for name, part in PARTS:
+    for name, part in TABLES.items():
         title = f"`{name}`" if name else "The run"
         lines += ["", f"## {title}", "", (part.__doc__ or "").strip(), ""]
         lines += ["| key | what | default | meaning |", "|---|---|---|---|"]

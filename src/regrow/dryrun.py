@@ -22,6 +22,7 @@ from regrow.engines import tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
+from regrow.engines.sparsify import Method
 from regrow.errors import MissingDemo
 from regrow.prepare import as_wish, chosen_criteria
 from regrow.settings import Evaluate, Recipe
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 
 SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
+TRAIN_COPIES = {"full": 4.0, "ast": 5.25}  # ast: as the model sees its weights, and a byte each for the mask
 EFFICIENCY = 0.6  # of a large matrix product's speed that a whole model reaches
-WORK = 6  # copies of a matrix that a solver holds
-FACTORS = 3  # beside the readings: a Gram matrix with its damping, its factor, and what the factor is made from
+MASK = 7.5  # copies of a linear's weights while its mask is chosen
+FACTOR = (6.5, 0.0)  # copies of a linear's Gram matrix, and of its weights, while the matrix is factored
+WORK = {"refit": (3.0, 14.0), "mrp": (3.0, 17.5), "alps": (12.5, 0.0), "dsnot": (0.0, 21.0)}
+"""The same at the peak of a solver that needs more; measured (bench/sparse_memory.py)."""
 ITEM_TOKENS = 4 * 60  # of a task's item: about four choices of sixty tokens with their question
 
 
@@ -132,7 +136,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
         rows = [*cut_rows(recipe, anatomy, dense, cut, gflops)]
         rows.insert(1, before)
     if trained is not None and trained.tokens:
-        held = 4 * 4 * cut.parameters if trained.method == "full" else 4 * cut.parameters
+        held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
         held += 0 if trained.teacher is None else 4 * dense.parameters
         passes = 3 if trained.teacher is None else 4
         peak = held + trained.micro_batch * trained.block * logits
@@ -164,29 +168,48 @@ def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -
     """Zeros in one shot; nothing when the recipe asks for none."""
     if recipe.sparsify is None:
         return []
-    method, tokens = sparsify.choose(recipe.sparsify), recipe.calibration.tokens
+    method, asked = sparsify.choose(recipe.sparsify), recipe.calibration
     passes = 0 if method.sees == "nothing" else {"pruned": 2, "dense": 1, "both": 3}[method.inputs]
-    peak = 4 * dense.parameters + sparse_bytes(
-        anatomy, method.sees, tokens, streams=2 if method.inputs == "both" else 1
-    )
-    return [_row("sparsify and write", tokens if passes else 0, passes * dense.flops_per_token, peak, gflops)]
+    peak = 4 * dense.parameters + sparse_bytes(anatomy, method, tokens=asked.tokens, block=asked.block)
+    return [_row("sparsify and write", asked.tokens if passes else 0, passes * dense.flops_per_token, peak, gflops)]
 
 
-def sparse_bytes(anatomy: Anatomy, sees: str, tokens: int, *, streams: int = 1) -> int:
-    """Peak of one-shot sparsity beyond the model: a block's statistics, the stream, and the largest matrix at work."""
-    layer = [t for t in anatomy.tensors if t.layer == 0 and t.matrix]
-    stream = 4 * streams * tokens * anatomy.sizes["C"] if sees != "nothing" else 0
-    work = 4 * WORK * max(math.prod(t.shape[-2:]) for t in layer)
-    if sees not in ("gram", "all"):
-        return stream + work
-    readings: dict[tuple[str | None, bool], int] = {}
-    for tensor in layer:
-        branch = anatomy.family.attention if tensor.branch == "attention" else anatomy.family.mlp
-        experts = math.prod(tensor.shape[:-2])
-        at_end = tensor.name.removesuffix(".weight").endswith(branch.site)
-        readings[tensor.branch, at_end] = max(readings.get((tensor.branch, at_end), 0), experts * tensor.shape[-1] ** 2)
-    largest = max(t.shape[-1] for t in layer) ** 2
-    return stream + work + 4 * (sum(readings.values()) + FACTORS * largest)
+def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int) -> int:
+    """Peak of one-shot sparsity beyond the model, in fp32.
+
+    That is the stream of all tokens (two with inputs of both models), and beside it either one sequence on its way
+    through a block with the block's statistics, or the linears at work with the statistics of those that wait.
+    """
+    sizes = anatomy.sizes
+    gram, reads = method.sees in ("gram", "all"), method.sees != "nothing"
+    both = method.inputs == "both" and gram
+    inputs = _inputs(anatomy)
+    squares = [(1 + both) * gram * count * n * n for count, n, _ in inputs]
+    streams = (2 if method.inputs == "both" else 1) * tokens * sizes["C"] if reads else 0
+    passing = block * (6 * sizes["C"] + 4 * sizes["F"]) + sum(squares) if reads else 0
+    needs = [
+        (3.0 * gram, MASK),
+        *([FACTOR] if gram else []),
+        *(WORK.get(s.name, (0.0, 0.0)) for s, _ in method.solvers),
+    ]
+    working = [
+        sum(squares[i + 1 :]) + both * n * n + max(grams * n * n + weights * m * n for grams, weights in needs)
+        for i, (_, n, m) in enumerate(inputs)
+    ]
+    return round(4 * (streams + max(passing, *working)))
+
+
+def _inputs(anatomy: Anatomy) -> list[tuple[int, int, int]]:
+    """What the linears of a block read, in turn: inputs of a kind, their channels, the most outputs of a linear."""
+    found: dict[tuple[str | None, bool], tuple[int, int, int]] = {}
+    for tensor in anatomy.tensors:
+        if tensor.layer == 0 and tensor.matrix:
+            branch = anatomy.family.attention if tensor.branch == "attention" else anatomy.family.mlp
+            key = tensor.branch, tensor.name.removesuffix(".weight").endswith(branch.site)
+            *experts, outputs, channels = tensor.shape
+            known = found.get(key, (1, 1, 1))
+            found[key] = (math.prod(experts), max(channels, known[1]), max(outputs, known[2]))
+    return list(found.values())
 
 
 def task_logits(asked: Evaluate, anatomy: Anatomy) -> int:

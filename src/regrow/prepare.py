@@ -6,6 +6,7 @@ What this gives up: faults that only the model's numbers show.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
@@ -13,16 +14,18 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.share import ZERO_SPREADS
-from regrow.engines import checkpoint, tokens
+from regrow.engines import checkpoint, masks, moving_masks, spp_forward, tokens
 from regrow.engines.adapters import layer_linears
 from regrow.engines.bind import Subject
+from regrow.engines.distil import check_teacher
+from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, shared
 from regrow.errors import SettingsError, TextError
-from regrow.settings import Recipe
+from regrow.settings import Recipe, Recover
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
-from regrow.stages.recover import as_train
+from regrow.stages.recover import WHOLE, as_train
 from regrow.stages.score import Choice, choose, reads_text
 
 RECOVERY_PARTS: tuple[Part, ...] = ("recovery", "heldout")  # what it trains on, and what its curve is measured on
@@ -54,8 +57,8 @@ def check(recipe: Recipe) -> Wish | None:
         DIVERGENCES.get(asked.loss)
         if asked.teacher is not None:
             checkpoint.locate(asked.teacher)
-        documents(asked.text, "recovery")
-        if asked.method == "full" and recipe.dtype != "fp32":
+        tokens.check_lessons(documents(asked.text, "recovery"), asked.template, asked.learn)
+        if asked.method in WHOLE and recipe.dtype != "fp32":
             raise SettingsError(
                 f"recovery of all weights in {recipe.dtype}",
                 "fp32, where small updates are not rounded away",
@@ -93,6 +96,8 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
         sparsify.check(subject, recipe.sparsify)
     if wish is None:
         check_rank(subject, recipe)
+    check_zeros(subject, recipe)
+    check_tongue(subject, recipe)
     check_texts(subject, recipe)
 
 
@@ -101,15 +106,25 @@ def check_rank(subject: Subject, recipe: Recipe) -> None:
     asked = recipe.recover
     if asked is None or not asked.tokens or asked.method != "spp":
         return
-    rows = {name: len(subject.model.get_submodule(name).weight) for name in layer_linears(subject.model)}
-    for name, outputs in rows.items():
-        if outputs % asked.rank:
-            fits = [d for d in range(1, 4 * asked.rank) if not any(r % d for r in rows.values())]
-            raise SettingsError(
-                f"SPP of rank {asked.rank} on {name}, which has {outputs} outputs",
-                f"a rank that divides the outputs of every linear: {', '.join(map(str, fits))}",
-                "choose one of them",
-            )
+    model: Any = subject.model
+    spp_forward.check_rank(asked.rank, {name: len(model.get_submodule(name).weight) for name in layer_linears(model)})
+
+
+def check_tongue(subject: Subject, recipe: Recipe) -> None:
+    """Refuse a teacher whose tokens are others, before anything is pruned for it. Raises `SettingsError`."""
+    asked = recipe.recover
+    if asked is None or not asked.tokens or asked.teacher is None:
+        return
+    folder = checkpoint.locate(asked.teacher)
+    config = checkpoint.read_config(folder)
+    check_teacher(subject.model.config, config, subject.tokenizer, checkpoint.read_tokenizer(folder, config))
+
+
+def check_zeros(subject: Subject, recipe: Recipe) -> None:
+    """Refuse to move the zeros of a model that has none and gets none. Raises `SettingsError`."""
+    asked = recipe.recover
+    if asked is not None and asked.tokens and asked.method == "ast" and recipe.sparsify is None:
+        moving_masks.needed(masks.masks_of(subject.model, subject.anatomy))
 
 
 def check_texts(subject: Subject, recipe: Recipe) -> None:
@@ -121,8 +136,20 @@ def check_texts(subject: Subject, recipe: Recipe) -> None:
     asked = recipe.recover
     if asked is not None and asked.tokens:
         for part in RECOVERY_PARTS:
-            text = documents(asked.text, part)
-            tokens.blocks(text, subject.tokenizer, block=asked.block, tokens=asked.block, seed=recipe.seed)
+            recovery_text(subject, asked, part, count=asked.block, seed=recipe.seed)
+
+
+def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, seed: int) -> Packed:
+    """`count` tokens of a part of the text that a recovery asks for, with what of them is learnt."""
+    return tokens.lessons(
+        documents(asked.text, part),
+        subject.tokenizer,
+        block=asked.block,
+        tokens=count,
+        seed=seed,
+        template=asked.template,
+        learn=asked.learn,
+    )
 
 
 def calibrates(recipe: Recipe) -> bool:

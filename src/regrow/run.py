@@ -29,11 +29,12 @@ from regrow.engines import checkpoint, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
 from regrow.engines.hetero import Holder, holder
+from regrow.engines.readings import Readings
 from regrow.engines.texts import documents, fingerprint
 from regrow.engines.train_settings import FREE
 from regrow.engines.zeros import of_model
 from regrow.errors import RegrowWarning
-from regrow.prepare import calibrates, check, check_subject, chosen_criteria
+from regrow.prepare import calibrates, check, check_subject, chosen_criteria, recovery_text
 from regrow.settings import Recipe, dump
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
@@ -41,7 +42,7 @@ from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
 from regrow.stages.export import export
 from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan, unprotected
-from regrow.stages.recover import recover, warning
+from regrow.stages.recover import Recovered, recover, warning
 from regrow.stages.score import reads_text, score
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -87,13 +88,14 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         with clock.stage("apply"):
             done = _cut(subject, plan, wish)
     if recipe.sparsify is not None:
-        with clock.stage("sparsify"):
-            done = _sparse(subject, recipe, done.holder, progress)
+        with clock.stage("sparsify") as record:
+            done = _sparse(subject, recipe, done.holder, record, progress)
     training: tuple[dict[str, float], ...] = ()
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done) if wish is None else done
         with clock.stage("recover", tokens=recipe.recover.tokens):
-            training, work = _recovered(subject, recipe, plan, progress)
+            recovered, work = _recovered(subject, recipe, plan, progress)
+        training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
     with clock.stage("evaluate after"):
         after = _measure(subject, recipe, progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
@@ -115,9 +117,9 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         notes=(*([f"dense: {subject.source['note']}"] if subject.source.get("note") else []), *done.notes),
         stages=clock.stages,
         training=training,
-        sparsity=_by_layer(subject, kept, done.errors),
+        sparsity=_by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
     )
-    files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.files}
+    files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.papers(kept)}
     pages = page(report, plan if wish else None, scores, files["recipe.yaml"])
     export(subject, done.holder, out, {**files, **pages}, _notes_of_folder(subject, out, recipe, kept))
     if training:
@@ -132,7 +134,14 @@ class _Done:
     holder: Holder
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
-    errors: Mapping[int, float] = field(default_factory=dict)  # of outputs, relative, by layer
+    sparsified: sparsify.Sparsified | None = None
+
+    def papers(self, kept: Sparsity | None) -> dict[str, str]:
+        """The files; where zeros lie is what was `kept` in the end, since training may have moved them."""
+        if self.sparsified is None or kept is None:
+            return dict(self.files)
+        found = replace(self.sparsified, sparsity=kept)
+        return {**self.files, "sparsity.json": json.dumps(found.to_json(), indent=1)}
 
 
 def _by_layer(subject: Subject, kept: Sparsity | None, errors: Mapping[int, float]) -> tuple[dict[str, float], ...]:
@@ -166,17 +175,19 @@ def _cut(subject: Subject, plan: Plan, wish: Wish) -> _Done:
     return _Done(cut.holder, tuple(notes), {"plan.json": json.dumps(plan.to_json())})
 
 
-def _sparse(subject: Subject, recipe: Recipe, held: Holder, progress: Progress | None) -> _Done:
+def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, Any], progress: Progress | None) -> _Done:
     assert recipe.sparsify is not None
     blocks = calibration(subject, recipe) if calibrates(recipe) else None
-    found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, progress=progress)
+    kept = statistics(subject, recipe) if calibrates(recipe) and recipe.sparsify.keep_statistics else None
+    record["cached"] = kept is not None and sparsify.reads_kept(recipe.sparsify, kept)
+    found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, kept=kept, progress=progress)
     spread = " on average over the layers" if len(set(found.patterns)) > 1 else ""
     notes = (
         f"{found.asked}{spread}; {100 * found.sparsity.share:.2f} % of the weights inside decoder layers are zero",
         "zeros are stored as zeros: dense kernels gain nothing by them, and neither does the file",
         *found.notes,
     )
-    return _Done(held, notes, {"sparsity.json": json.dumps(found.to_json(), indent=1)}, found.errors)
+    return _Done(held, notes, sparsified=found)
 
 
 STRUCTURED = {"axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform", "divisors"}
@@ -204,6 +215,19 @@ def calibration(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
         tokens=asked.tokens,
         seed=recipe.seed,
     )
+
+
+def statistics(subject: Subject, recipe: Recipe) -> Readings:
+    """Where readings of this model's dense inputs on this calibration text are kept."""
+    made_by = {
+        "model": subject.source["fingerprint"],
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "calibration": recipe.calibration.model_dump(),
+        "text": fingerprint(recipe.calibration.text),
+        "code": cache.code(),
+    }
+    return Readings(cache.cache_dir("statistics", cache.key(made_by)), subject.anatomy.sizes["L"])
 
 
 def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: Progress | None) -> Scores:
@@ -298,10 +322,8 @@ def _measure(subject: Subject, recipe: Recipe, progress: Progress | None) -> dic
     return evaluate(subject.model, subject.tokenizer, recipe.evaluate, progress=progress)
 
 
-def _recovered(
-    subject: Subject, recipe: Recipe, plan: Plan, progress: Progress | None
-) -> tuple[tuple[dict[str, float], ...], Path]:
-    """Train the cut model; returns the curve and the folder of its checkpoints."""
+def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress | None) -> tuple[Recovered, Path]:
+    """Train the cut model; returns how it went and the folder of its checkpoints."""
     asked = recipe.recover
     assert asked is not None
     inputs = {
@@ -314,18 +336,14 @@ def _recovered(
         "dtype": recipe.dtype,
     }
     work = cache.cache_dir("recover", cache.key({**inputs, "text": fingerprint(asked.text)}))
-    blocks = tokens.blocks(
-        documents(asked.text, "recovery"), subject.tokenizer, block=asked.block, tokens=asked.tokens, seed=recipe.seed
-    )
-    heldout = tokens.blocks(
-        documents(asked.text, "heldout"), subject.tokenizer, block=asked.block, tokens=HELDOUT_TOKENS, seed=0
-    )
+    blocks = recovery_text(subject, asked, "recovery", count=asked.tokens, seed=recipe.seed)
+    heldout = recovery_text(subject, asked, "heldout", count=HELDOUT_TOKENS, seed=0)
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
     teacher = None if asked.teacher is None else load(asked.teacher, dtype=recipe.dtype, device=recipe.device)
-    result = recover(
+    found = recover(
         subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
     )
-    return result.losses, work
+    return found, work
 
 
 def _notes_of_folder(subject: Subject, out: Path, recipe: Recipe, kept: Sparsity | None) -> dict[str, Any]:

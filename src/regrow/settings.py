@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from regrow.errors import InputError, SettingsError, UnknownName, guess
 
@@ -29,13 +29,15 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """Text that scores are measured on. Only the calibration part of a source is used."""
 
-    text: str = Field(default="demo", description="demo, demo:DOMAIN, a .txt, .jsonl or .parquet file, or hub:NAME")
+    text: str = Field(
+        default="demo", description="demo, demo:DOMAIN, a .txt, .json, .jsonl or .parquet file, or hub:NAME"
+    )
     tokens: int = Field(default=4096, ge=1, description="how many tokens are read")
     block: int = Field(default=128, ge=8, description="tokens in a sequence")
 
 
 class Sparsify(_Part):
-    """Zeros in the weight matrices of the decoder layers; shapes stay."""
+    """Zeros in the weight matrices of the decoder layers; shapes stay. A recipe has `keep: null` then."""
 
     pattern: str = Field(
         default="50%", description="a percentage of zeros, or kept of every so many neighbours: 2:4, 2:8"
@@ -55,23 +57,53 @@ class Sparsify(_Part):
         description="what a block reads: as pruned before it, as in the dense model (one pass), or pruned with the "
         "dense model's outputs as the target",
     )
+    mend: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="with `inputs: both`, how far the target goes towards the dense model's outputs; 1 = all the way",
+    )
+    keep_statistics: bool = Field(
+        default=False,
+        description="keep what dense inputs gave, so that another pattern, criterion or solver reads no text; needs "
+        "`inputs: dense`",
+    )
     leave: tuple[str, ...] = Field(default=(), description="ends of names of linears that stay dense")
     existing: Literal["refuse", "keep"] = Field(
         default="refuse", description="a model that is sparse already: refuse it, or keep every zero it has"
     )
 
 
+RATES = {"lora": 3e-4, "lora-masked": 3e-4, "spp": 4e-3, "hira": 4e-3, "ia3": 4e-3, "full": 3e-5, "ast": 3e-5}
+"""The peak rate of each way to recover. LoRA: LLM-Pruner's. SPP: its paper's; HiRA and IA3 multiply weights as it does,
+and a factor that is nearer to 1 than about 1/400 is rounded away in 16 bits. All weights: a tenth of LoRA's, since each
+of them moves by about the rate in every step."""
+
+
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 
-    method: Literal["lora", "lora-masked", "spp", "hira", "ia3", "full"] = Field(
+    method: Literal["lora", "lora-masked", "spp", "hira", "ia3", "full", "ast"] = Field(
         default="lora",
-        description="adapters that are merged, or all weights; of a sparse model, all but lora keep every zero",
+        description="adapters that are merged, or all weights (full, ast); of a sparse model, lora fills the zeros, "
+        "ast moves them, and the others keep every one",
     )
     tokens: int = Field(default=100_000, ge=0, description="how many tokens are trained on; 0 = no recovery")
     text: str = Field(default="demo", description="as in `calibration`")
+    template: Literal["alpaca", "chat"] | None = Field(
+        default=None,
+        description="how instructions are written; null = chat where the tokenizer has a chat template, else alpaca",
+    )
+    learn: Literal["all", "answers"] = Field(
+        default="all", description="of instructions: what is asked too (as SPP does), or answers alone"
+    )
     block: int = Field(default=256, ge=8, description="tokens in a sequence")
-    learning_rate: float = Field(default=3e-4, gt=0, description="the peak")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="the peak; null = the method's own: "
+        + ", ".join(f"{name} {rate:g}" for name, rate in RATES.items()),
+    )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         default="cosine", description="of the learning rate; wsd: warm up, stay, decay over the last fifth"
     )
@@ -86,6 +118,12 @@ class Recover(_Part):
         default=None, description="learn from this model's predictions instead of the text's next token; same tokenizer"
     )
     loss: str = Field(default="forward-kl", description="how far from the teacher; `regrow ls losses`")
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _own_rate(cls, rate: float | None, info: ValidationInfo) -> float | None:
+        """A recipe says its rate wherever it is written down."""
+        return RATES.get(info.data.get("method", "")) if rate is None else rate
 
 
 class Evaluate(_Part):

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from regrow.artifacts.mask import Within, lowest, lowest_of_groups, lowest_of_rows
+from regrow.artifacts.mask import Within, lowest, lowest_of_counts, lowest_of_groups, lowest_of_rows
 from regrow.artifacts.pattern import Pattern
 from regrow.errors import SettingsError
 
@@ -96,6 +96,15 @@ def test_ties_go_to_the_lower_column(text: str) -> None:
     assert int(gone.sum()) == 12
     uneven = torch.tensor([[5.0, 1, 1, 1, 0, 9, 1, 1]])
     assert lowest_of_rows(uneven, 3).tolist() == [[False, True, True, False, True, False, False, False]]
+
+
+def test_counts_of_their_own_for_each_row() -> None:
+    """As many as a row's count says; of equals the lower column goes."""
+    scores = torch.tensor([[3.0, 1, 2, 1], [1, 1, 1, 1], [4, 3, 2, 1], [4, 3, 2, 1]])
+    gone = lowest_of_counts(scores, torch.tensor([1, 2, 0, 4]))
+    assert gone.int().tolist() == [[0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
+    scores = torch.randint(0, 9, (5, 32), generator=torch.Generator().manual_seed(5)).float()
+    assert torch.equal(lowest_of_counts(scores, torch.full((5,), 13)), lowest_of_rows(scores, 13))
 
 
 def test_a_group_of_many_is_ranked_as_by_sorting() -> None:

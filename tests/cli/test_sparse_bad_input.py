@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,7 +123,12 @@ def test_words(refused: Refused, sprout_dir: Path, out: Path, flags: tuple[str, 
         (("--rank", "0"), ("recover.rank = 0", "greater than or equal to 1")),
         (("--dropout", "1"), ("recover.dropout = 1", "less than 1")),
         (("--adapter", "full", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=lora")),
+        (("--adapter", "ast", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=lora")),
         (("--set", "recover.adapter=spp"), ("unknown recipe key 'recover.adapter'",)),
+        (("--template", "alpca"), ("unknown recover.template 'alpca'", "did you mean 'alpaca'", "chat")),
+        (("--learn", "answer"), ("unknown recover.learn 'answer'", "did you mean 'answers'", "all")),
+        (("--learn", "answers"), ("learn answers of plain text", "whose rows are instructions and answers")),
+        (("--template", "chat"), ("template chat of plain text", "leave template and learn out")),
     ],
     ids=lambda x: " ".join(map(str, x)),
 )
@@ -131,6 +137,23 @@ def test_words_of_recovery(
 ) -> None:
     code = 1 if "--teacher" in flags else 2
     refused("recover", sprout_dir, "--out", out, "--text", "none", *flags, says=says, code=code)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_row_without_an_answer(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "input": "d"}\n', encoding="utf-8")
+    says = ("rows.jsonl: line 2: 'output' is missing", "instruction (and input) with output", "complete the row")
+    refused("recover", sprout_dir, "--train", rows, "--out", tmp_path / "out", "--text", "none", says=says)
+
+
+@pytest.mark.usefixtures("early")
+def test_no_chat_template(refused: Refused, broken: Path, tmp_path: Path) -> None:
+    (broken / "chat_template.jinja").unlink()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "a {i}", "completion": "b"}}\n' for i in range(40)), encoding="utf-8")
+    says = ("template chat with a tokenizer that has no chat template", "ask for template alpaca")
+    refused("recover", broken, "--train", rows, "--template", "chat", "--out", tmp_path / "out", *TRAIN, says=says)
 
 
 @pytest.mark.usefixtures("cheap")
@@ -227,12 +250,35 @@ def test_a_rank_that_does_not_divide(refused: Refused, sprout_dir: Path, out: Pa
     refused(*whole, "--set", "recover.rank=12", says=("SPP of rank 12",))
 
 
+def test_a_dense_model_has_no_zeros_to_move(refused: Refused, sprout_dir: Path, out: Path) -> None:
+    says = ("a model that is not sparse", "no zeros to move", "at least 5 % zeros", "regrow sparsify")
+    refused("recover", sprout_dir, "--adapter", "ast", *TRAIN, "--out", out, says=says)
+
+
+@pytest.mark.usefixtures("early")
 def test_a_teacher_of_another_tongue(refused: Refused, sprout_dir: Path, out: Path, tmp_path: Path) -> None:
+    """Said before anything is calibrated, pruned or measured."""
     other = tmp_path / "other"
     other.mkdir()
     checkpoint.write(make("llama"), tokenizer(), other, torch.float32, None)
     says = ("a teacher whose tokenizer is another one (vocabularies of 64 and", "choose another teacher")
     refused("recover", sprout_dir, "--teacher", other, *TRAIN, "--out", out, says=says)
+    whole = ("run", "spp", "--model", sprout_dir, "--text", "none", "--set", "evaluate.tasks=[]", "--out", out)
+    refused(*whole, "--set", f"recover.teacher={other}", says=says)
+    cut = ("run", "demo", "--model", sprout_dir, "--text", "none", "--out", out)
+    refused(*cut, "--set", f"recover.teacher={other}", says=says)
+
+
+@pytest.mark.usefixtures("early")
+def test_a_teacher_whose_tokens_are_others(refused: Refused, sprout_dir: Path, out: Path, broken: Path) -> None:
+    """As many tokens, two of them swapped."""
+    path = broken / "tokenizer.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = found["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(found), encoding="utf-8")
+    says = ("whose tokenizer is another one (token 'a' is",)
+    refused("recover", sprout_dir, "--teacher", broken, *TRAIN, "--out", out, says=says)
 
 
 # ---- broken models and texts

@@ -26,6 +26,7 @@ from regrow.engines import checkpoint
 from regrow.settings import Recipe
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
+ENDS = ("q", "k", "v", "o", "gate", "up", "down")
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
@@ -289,6 +290,16 @@ def test_linears_that_are_left_dense(sparsify: Sparsifier, short: Path) -> None:
     check_pattern({n: w for n, w in after.items() if n not in left}, Pattern.parse("2:4"))
 
 
+@pytest.mark.parametrize("spread", ["owl", "hessian", "uniform"])
+def test_a_layer_that_is_left_dense_has_no_say(sparsify: Sparsifier, short: Path, spread: str) -> None:
+    """All linears of the first of two layers: the second gets what was asked."""
+    left = ",".join(f"0.{'mlp' if end in ('gate', 'up', 'down') else 'self_attn'}.{end}_proj" for end in ENDS)
+    folder, _ = sparsify(short, "--criterion", "wanda", "--spread", spread, "--pattern", "2:8", "--leave", left)
+    found = weights(folder)
+    assert all(torch.equal(found[n], w) for n, w in weights(short).items() if ".layers.0." in n)
+    check_pattern({n: w for n, w in found.items() if ".layers.1." in n}, Pattern.parse("2:8"))
+
+
 def test_equal_seeds_give_equal_masks(sparsify: Sparsifier, short: Path) -> None:
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -375,7 +386,7 @@ def test_the_page_of_a_sparse_folder_is_made_anew(regrow: Command, two_of_four: 
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("weight-criteria", {"wanda", "sparsegpt", "magnitude", "isc", "moe-pruner"}),
+        ("weight-criteria", {"wanda", "wanda-variant", "sparsegpt", "magnitude", "isc", "moe-pruner"}),
         ("solvers", {"none", "update", "refit", "mrp", "alps", "dsnot"}),
         ("zero-spreads", {"uniform", "owl", "hessian"}),
         ("losses", {"forward-kl"}),
@@ -413,6 +424,27 @@ def test_recovery_keeps_the_pattern(regrow: Command, thin: Path, tale: Path, tmp
     assert (found["mask_intact"], found["pattern"]) == (True, "50 % zeros")
 
 
+def test_recovery_that_moves_zeros(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
+    """As many zeros in every row, the report says how many moved, and `diff` agrees."""
+    out = tmp_path / "moved"
+    ask = ("recover", thin, "--adapter", "ast", *TRAIN, "--train", tale, "--learning-rate", 0.01)
+    short = ("--tokens", 512, "--set", "recover.block=16")
+    done = regrow(*ask, *short, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert "warning" not in done.err
+    before, after = weights(thin), weights(out)
+    assert all(torch.equal((before[n] == 0).sum(1), (after[n] == 0).sum(1)) for n in matrices(before))
+    old, new = (read(folder, "regrow.json")["sparsity"] for folder in (thin, out))
+    assert (new["pattern"], new["share"]) == (old["pattern"], old["share"])
+    assert new["mask_hash"] != old["mask_hash"]
+    compared = regrow("diff", thin, out, "--weights", "--json").json
+    zeros = sum(int((before[n] == 0).sum()) for n in matrices(before))
+    share = 100 * compared["lost"] / zeros
+    assert share > 0
+    assert f"{share:.1f} % of the zeros lie elsewhere now" in read_report(out).notes
+    assert regrow("inspect", out, "--sparse", "--json").json["sparsity"]["mask_intact"] is True
+
+
 def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
     """With a teacher the loss is a divergence, so here it begins at 0."""
     ask = ("recover", thin, "--adapter", "spp", *TRAIN, "--train", tale, "--loss", "forward-kl", "--teacher", thin)
@@ -423,6 +455,24 @@ def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, t
     assert read(tmp_path / "taught", "regrow.json")["sparsity"] == read(thin, "regrow.json")["sparsity"]
     recipe = yaml.safe_load((tmp_path / "taught" / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe["recover"]["teacher"] == str(thin)
+
+
+def test_a_recovery_that_changes_nothing_says_so(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    ask = ("recover", thin, "--adapter", "spp", *TRAIN, "--train", tale, "--learning-rate", 1e-6)
+    done = regrow(*ask, "--out", out, "--json")
+    assert done.code == 0, done.err
+    note = "only 0 % of the weights under adapters changed after rounding to 16 bits: raise learning_rate or tokens"
+    assert done.json["notes"][-1] == read_report(out).notes[-1] == note
+    assert f"note: {note}" in done.out
+    assert all(torch.equal(weight, weights(thin)[name]) for name, weight in weights(out).items())
+
+
+def test_the_rate_of_the_method_is_written_down(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    assert regrow("recover", thin, "--adapter", "spp", *TRAIN, "--train", tale, "--out", out, "-q").code == 0
+    assert read_report(out).made_by["recover"]["learning_rate"] == 0.004
+    assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["recover"]["learning_rate"] == 0.004
 
 
 def test_plain_lora_warns_and_fills(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
@@ -455,8 +505,11 @@ def test_recipes_dry_run(regrow: Command, sprout_dir: Path, name: str) -> None:
     assert regrow("show", name, "--json").json["name"] == name
 
 
-def test_a_recipe_from_dense_to_tuned(regrow: Command, short: Path, tale: Path, tmp_path: Path) -> None:
-    settings = ("evaluate.tasks=[]", "recover.block=64", "recover.batch=4", "calibration.block=64")
+@pytest.mark.parametrize("method", ["spp", "ast"])
+def test_a_recipe_from_dense_to_tuned(regrow: Command, short: Path, tale: Path, tmp_path: Path, method: str) -> None:
+    """The files say where the zeros lie in the end, where the training moves them too."""
+    more = ("recover.block=16", "recover.batch=2", "recover.micro_batch=2", "recover.learning_rate=0.01")
+    settings = (f"recover.method={method}", "evaluate.tasks=[]", "calibration.block=64", *more)
     sets = [
         part for item in (*settings, f"calibration.text={tale}", f"recover.text={tale}") for part in ("--set", item)
     ]
@@ -549,3 +602,18 @@ def test_experts_as_the_hub_has_them(regrow: Command, sparsify: Sparsifier, tmp_
     compared = regrow("diff", folder, source, "--weights", "--json").json
     assert (compared["intact"], compared["share"]) == (False, [0.5, 0.0])
     assert compared["lost"] * 2 == found["weights"]
+
+
+def test_statistics_are_kept_for_the_next_run(
+    sparsify: Sparsifier, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = ("--criterion", "sparsegpt", "--inputs", "dense")
+    wanted, _ = sparsify(short, *dense, "--pattern", "2:4", out="wanted")
+    sparsify(short, *dense, "--pattern", "50%", "--keep-statistics", out="first")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a block ran")
+
+    monkeypatch.setattr("regrow.engines.sparsify.run_layer", refuse)
+    found, _ = sparsify(short, *dense, "--pattern", "2:4", "--keep-statistics", out="second")
+    assert all(torch.equal(weights(found)[name], weight) for name, weight in weights(wanted).items())

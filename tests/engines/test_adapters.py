@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
-from regrow.engines.adapters import KINDS, add_adapters, check_same, layer_linears, merge, trainable_parameters
+from regrow.engines.adapters import KINDS, add_adapters, check_same, layer_linears, merge, moved, trainable_parameters
 from regrow.errors import IdentityError, SettingsError
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -257,8 +257,29 @@ def test_adapters_that_scale_weights_keep_every_zero(kind: str) -> None:
     before, after = merged_with(kind)
     for name, weight in before.items():
         assert torch.equal(after[name] == 0, weight == 0), name
-    moved = {name.rpartition(".")[2] for name in before if not torch.equal(after[name], before[name])}
-    assert moved == ({"k_proj", "v_proj", "down_proj"} if kind == "ia3" else set(PROJECTIONS))
+    others = {name.rpartition(".")[2] for name in before if not torch.equal(after[name], before[name])}
+    assert others == ({"k_proj", "v_proj", "down_proj"} if kind == "ia3" else set(PROJECTIONS))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.03, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_merge_will_change_is_foretold(kind: str, scale: float) -> None:
+    """To the weight, as it is stored; asking changes nothing."""
+    model = sparse()
+    names = [n for n in layer_linears(model) if kind != "ia3" or n.endswith(("k_proj", "v_proj", "down_proj"))]
+    before = {name: model.get_submodule(name).weight.detach().bfloat16() for name in names}
+    adapted = add_adapters(model, kind)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    said = moved(adapted, torch.bfloat16)
+    assert moved(adapted, torch.bfloat16) == said <= moved(adapted, torch.float32)
+    merged = merge(adapted)
+    after = {name: merged.get_submodule(name).weight.detach().bfloat16() for name in names}
+    changed = sum(int(((after[n] != w) & (w != 0)).sum()) for n, w in before.items())
+    assert said == changed / sum(int((w != 0).sum()) for w in before.values())
+    assert (said == 0) is (scale == 0)
 
 
 def test_plain_lora_fills_zeros() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.models.llama import modeling_llama
 
 from models import anatomy_of, config_of, cut, families, make, plan, randomise, without
 from regrow.artifacts.family import FAMILIES, UNITS, Cut, Family
-from regrow.artifacts.shape import LayerShape, Shape, count
+from regrow.artifacts.shape import LayerShape, Shape, costs, count
 from regrow.engines.bind import Subject, bind, bind_any, empty_model, family_of, sizes_of, why_not
 from regrow.errors import IdentityError, RegrowError, UnsupportedModel
 from regrow.stages.apply import apply
@@ -241,3 +242,14 @@ def test_two_families_of_one_type_would_be_ambiguous() -> None:
     declared = [kind for _, family in FAMILIES.items() for kind in family.model_types]
     assert len(declared) == len(set(declared))
     assert all(isinstance(family, Family) for _, family in FAMILIES.items())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_operations_of_experts_are_those_a_token_meets(kind: str) -> None:
+    """Half of four experts: what is left out is two operations a weight of the other half; all of them, nothing."""
+    two, all_four = (bind(config_of(kind, num_experts_per_tok=met)) for met in (2, 4))
+    stacks = sum(math.prod(t.shape) for t in two.tensors if len(t.shape) == 3)
+    found = [costs(anatomy, anatomy.dense) for anatomy in (two, all_four)]
+    assert stacks > 0
+    assert found[0].parameters == found[1].parameters
+    assert found[1].flops_per_token - found[0].flops_per_token == 2 * stacks // 2

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from training import patterns, settings, tiny
+from transformers import PreTrainedTokenizerFast
 
 from models import ids, make, randomise
 from regrow.artifacts.goal import DIVERGENCES, Divergence, divergence
@@ -255,19 +260,47 @@ def test_a_resumed_run_needs_the_same_teacher(tmp_path: Path) -> None:
 # --- what cannot teach
 
 
-def told(*tokens: int) -> Any:
-    """A tokenizer that always says the same."""
-    return lambda _: SimpleNamespace(input_ids=list(tokens))
+def tongue(change: Callable[[Any], None] = lambda _: None, **special: str) -> Any:
+    """A tokenizer with a token for every byte, whose backend was changed."""
+    vocabulary = {"<s>": 0, "</s>": 1, **{byte: i + 2 for i, byte in enumerate(sorted(ByteLevel.alphabet()))}}
+    backend = Tokenizer(BPE(vocabulary, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    change(backend)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{"bos_token": "<s>", "eos_token": "</s>", **special})
+
+
+def sized(size: int = 258) -> Any:
+    return SimpleNamespace(vocab_size=size)
 
 
 def test_teachers_must_share_the_vocabulary() -> None:
-    student, teacher, larger = make("llama"), make("llama", hidden_size=12), make("llama", vocab_size=96)
-    check_teacher(student, teacher, told(1, 2), told(1, 2))
-    with pytest.raises(SettingsError, match="vocabularies of 96 and 64"):
-        check_teacher(student, larger, told(1, 2), told(1, 2))
-    for other in (told(1, 3), told(1), told(1, 2, 2)):
-        with pytest.raises(SettingsError, match="whose tokenizer is another one"):
-            check_teacher(student, teacher, told(1, 2), other)
+    check_teacher(sized(), sized(), tongue(), tongue())
+    with pytest.raises(SettingsError, match=r"whose tokenizer is another one \(vocabularies of 1,024 and 258\)"):
+        check_teacher(sized(), sized(1024), tongue(), tongue())
+
+    def swapped(backend: Any) -> None:
+        vocabulary = {**backend.get_vocab(), "a": backend.token_to_id("b"), "b": backend.token_to_id("a")}
+        backend.model = BPE(vocabulary, [])
+
+    for other, match in (
+        (tongue(swapped), "token 'a' is 67 there and 66 here"),
+        (tongue(lambda backend: backend.add_tokens(["<think>"])), "token '<think>' is 258 there and none here"),
+        (tongue(eos_token="<s>"), "eos_token is '<s>' there and '</s>' here"),
+    ):
+        with pytest.raises(SettingsError, match=match):
+            check_teacher(sized(), sized(), tongue(), other)
+
+
+@pytest.mark.parametrize("sign", ["ï", "ё", "敏", "\t", "  ", "5", "1,", "🎉", "\u200d"])
+def test_teachers_must_cut_text_alike(sign: str) -> None:
+    """One vocabulary, and one sign that is read as another: an English line would not show it."""
+
+    def deaf(backend: Any) -> None:
+        backend.normalizer = Replace(sign, "?")
+
+    assert tongue()("The quick brown fox!").input_ids == tongue(deaf)("The quick brown fox!").input_ids
+    with pytest.raises(SettingsError, match=r"it cuts '.*' in other places"):
+        check_teacher(sized(), sized(), tongue(), tongue(deaf))
 
 
 def test_heads_must_be_linear() -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from training import STEP, Stop, patterns, pull_plug, same, settings, tiny, weights
 
+from models import ids, make
 from regrow.engines.adapters import add_adapters
 from regrow.engines.resume import fingerprint, newest, weights_fingerprint
 from regrow.engines.train import train
-from regrow.errors import OutputError, SettingsError
+from regrow.errors import BrokenModel, OutputError, SettingsError
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,29 @@ def test_resume_is_bit_exact(adapters: bool, after: int, tmp_path: Path) -> None
     assert same(weights(whole), weights(again))
     assert result.losses == expected.losses
     assert (tmp_path / "cut/train.jsonl").read_text() == (tmp_path / "whole/train.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_neox", "gemma2"])
+def test_weights_come_back_in_every_layout(kind: str, tmp_path: Path) -> None:
+    """Some families save their weights under names that they do not have in memory."""
+    text, whole, again = ids(8, STEP // 4), make(kind), make(kind)
+    wanted = settings(learning_rate=1e-3)
+    train(whole, text, wanted, folder=tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(make(kind), text, wanted, folder=tmp_path / "cut", progress=pull_plug(4))
+    train(again, text, wanted, folder=tmp_path / "cut")
+    assert same(weights(whole), weights(again))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(tiny(), patterns(), settings(), folder=tmp_path, progress=pull_plug(4))
+    path = tmp_path / "checkpoint-3/model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "q_proj" in name)
+    save_file({k: v for k, v in tensors.items() if k != name}, path, metadata={"format": "pt"})
+    with pytest.raises(BrokenModel, match=name):
+        train(tiny(), patterns(), settings(), folder=tmp_path)
 
 
 def test_dropout_was_on(tmp_path: Path) -> None:

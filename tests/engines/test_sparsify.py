@@ -120,12 +120,13 @@ def test_kept_weights_are_bit_identical_and_the_rest_untouched(sprout: Subject, 
 
 
 def test_the_same_text_twice_changes_nothing(sprout: Subject, text: Tensor) -> None:
+    """But for rounding: sums of more numbers round otherwise, and a weight on the edge moves what later layers read."""
     for name in ("wanda", "sparsegpt"):
-        once, twice = (cut(sprout, t, method(name), "2:4")[0] for t in (text, torch.cat([text, text])))
-        differ = [
-            float((a != b).float().mean()) for a, b in zip(zeros(once).values(), zeros(twice).values(), strict=True)
-        ]
-        assert max(differ) < (1e-9 if name == "wanda" else 1e-3)  # sums of more numbers round otherwise
+        once, twice = (zeros(cut(sprout, t, method(name), "2:4")[0]) for t in (text, torch.cat([text, text])))
+        differ = {key: float((mask != twice[key]).float().mean()) for key, mask in once.items()}
+        first = max(share for key, share in differ.items() if ".layers.0." in key)
+        assert first < (1e-9 if name == "wanda" else 1e-3)
+        assert max(differ.values()) < (1e-9 if name == "wanda" else 0.05)
 
 
 def test_errors_are_those_of_the_outputs(sprout: Subject, text: Tensor) -> None:
@@ -187,6 +188,30 @@ def test_zeros_that_are_there_stay(sprout: Subject, text: Tensor) -> None:
             assert not all(bool((zeros(free)[k] | ~mask).all()) for k, mask in zeros(half).items())
 
 
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+@pytest.mark.parametrize(("solver", "inputs"), [("alps", "pruned"), ("mrp", "both"), ("dsnot", "pruned")])
+def test_zeros_that_are_there_are_counted(
+    sprout: Subject, text: Tensor, solver: str, inputs: str, pattern: str
+) -> None:
+    """A tenth is zero: the rest makes up for what is missing, in groups that have too many nothing more goes."""
+    few = copy.deepcopy(sprout.model)
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in few.named_parameters():
+            if "proj" in name:
+                weight.masked_fill_(torch.rand(weight.shape, generator=source) < 0.1, 0)
+    subject = Subject(few, sprout.tokenizer, sprout.anatomy, sprout.source, sprout.store)
+    model, _ = cut(subject, text[:4], method("wanda", solver, inputs=inputs, keep_zeros=True), pattern)
+    after = zeros(model)
+    for name, before in zeros(few).items():
+        assert bool(after[name][before].all())
+        if pattern == "50%":
+            assert int(after[name].sum()) * 2 == before.numel()
+        else:
+            groups = before.view(-1, 4).sum(1).clamp_min(2)
+            assert torch.equal(after[name].view(-1, 4).sum(1), groups), name
+
+
 # ---- readings
 
 
@@ -234,6 +259,13 @@ def test_sums_by_hand_and_in_any_cutting(columns: int) -> None:
 def test_layers_are_valued_on_the_dense_model(sprout: Subject, text: Tensor) -> None:
     values = layer_values(sprout.model, sprout.anatomy, text, lambda scores: float(scores.numel()))
     assert values == [sprout.anatomy.sizes["C"] ** 2 * 3 + 3 * 128 * 352] * 6
+
+
+def test_a_layer_of_which_nothing_is_read_is_worth_nothing(sprout: Subject, text: Tensor) -> None:
+    leave = ("layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj")
+    leave += ("layers.1.self_attn.o_proj", *(f"layers.1.mlp.{end}_proj" for end in ("gate", "up", "down")))
+    values = layer_values(sprout.model, sprout.anatomy, text[:2], lambda scores: float(scores.numel()), leave=leave)
+    assert [value == 0 for value in values] == [False, True, False, False, False, False]
 
 
 # ---- experts

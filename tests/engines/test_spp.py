@@ -493,6 +493,17 @@ def test_merged_one_after_another_they_add_up_too() -> None:
     assert torch.equal(logits(adapted, ids()), expected)
 
 
+def test_what_carries_an_adapter_is_frozen() -> None:
+    """Whichever came first, and whether the adapter is at work or waits; the second goes on linears of its own."""
+    adapted = get_peft_model(sparse(), settings(target_modules=["q_proj"]), adapter_name="one")
+    adapted.add_adapter("two", settings(target_modules=["up_proj"]))
+    for name in ("one", "two"):
+        adapted.set_adapter(name)
+        trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
+        assert trained == {n for n, _ in adapted.named_parameters() if n.endswith(f".{name}")} != set()
+    assert not any(made.base_layer.weight.requires_grad for made in layers(adapted).values())
+
+
 def test_an_adapter_can_be_deleted() -> None:
     adapted = double()
     expected = logits(adapted, ids())
@@ -576,7 +587,18 @@ def test_the_rank_is_real(r: int) -> None:
 def test_a_rank_that_does_not_divide_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"rank 5 on model\.layers\.0\.mlp\.down_proj, which has 24") as caught:
         get_peft_model(make("llama"), settings(r=5, target_modules=["down_proj"]))
-    assert "1, 2, 3, 4, 6, 8, 12" in caught.value.allowed
+    assert caught.value.allowed.endswith(": 1, 2, 3, 4, 6, 8, 12")
+
+
+def test_ranks_that_are_offered_divide_every_linear() -> None:
+    """Outputs are 36, 18, 24 and 20; queries would take 4, keys 9, and no other either."""
+    with pytest.raises(SettingsError, match=r"rank 4 on model\.layers\.0\.self_attn\.k_proj, which has 18") as caught:
+        get_peft_model(make("llama"), settings(r=4))
+    assert caught.value.allowed.endswith("of every linear: 1, 2")
+    adapted = get_peft_model(make("llama"), settings(r=2), adapter_name="one")
+    with pytest.raises(SettingsError, match=r"rank 4 on model\.layers\.0\.self_attn\.k_proj, which has 18") as caught:
+        adapted.add_adapter("two", settings(r=4, target_modules=["q_proj", "k_proj"]))
+    assert caught.value.allowed.endswith("of every linear: 1, 2, 3, 6, 9")
 
 
 @pytest.mark.parametrize(

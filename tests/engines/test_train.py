@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from training import STEP, VOCAB, T, patterns, same, settings, tiny, weights
 
 from regrow.engines.adapters import add_adapters
+from regrow.engines.packed import order
 from regrow.engines.resume import newest
-from regrow.engines.train import Objective, next_token, order, train
+from regrow.engines.train import Objective, next_token, train
 from regrow.engines.train_settings import rate
 from regrow.errors import BrokenModel, SettingsError, TextError
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from regrow.artifacts.curvature import Curvature
 from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Sparse
-from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
 from regrow.engines.sparsify import task_of
@@ -40,15 +39,21 @@ def weights(rows: int = ROWS, columns: int = COLUMNS, seed: int = 9) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def problem(pattern: str, criterion: str = "sparsegpt", x: Tensor | None = None, w: Tensor | None = None) -> Linear:
+def problem(
+    pattern: str,
+    criterion: str = "sparsegpt",
+    x: Tensor | None = None,
+    w: Tensor | None = None,
+    empty: Tensor | None = None,
+) -> Linear:
     x = inputs() if x is None else x
     w = weights(columns=x.shape[1]) if w is None else w
     seen = Inputs(x.square().sum(0) / 4, x.sum(0) / 4, x.var(0, correction=0))
-    return task_of(w, seen, Curvature(x.T @ x), WEIGHT_CRITERIA.get(criterion), Pattern.parse(pattern))
+    return task_of(w, seen, Curvature(x.T @ x), WEIGHT_CRITERIA.get(criterion), Pattern.parse(pattern), empty)
 
 
 def begin(task: Linear) -> Sparse:
-    gone = lowest(task.scores, task.pattern, task.within)
+    gone = task.lowest(task.scores, task.within)
     return Sparse(task.weight.masked_fill(gone, 0), gone)
 
 
@@ -252,6 +257,44 @@ def test_holding_a_mask_keeps_it() -> None:
         assert not torch.equal(solve(name, task, start).gone, start.gone)
 
 
+# ---- what was zero before
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", ["50%", "2:4", "2:8"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_empty_is_counted(name: str, pattern: str, criterion: str, filled: bool) -> None:
+    """A tenth is zero before: it stays, and no more go than were asked, but where a group has more of them. Targets may
+    be other than zero there, as with `--inputs both`."""
+    empty = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4)) < 0.1
+    task = problem(pattern, criterion, w=weights() if filled else weights().masked_fill(empty, 0), empty=empty)
+    found = solve(name, task)
+    assert bool(found.gone[empty].all())
+    assert torch.equal(found.weight == 0, found.gone)
+    if not task.pattern.of:
+        assert int(found.gone.sum()) == ROWS * COLUMNS // 2
+        return
+    least = task.pattern.of - task.pattern.keep
+    there = empty.view(ROWS, -1, task.pattern.of).sum(2).clamp_min(least)
+    assert pattern != "2:4" or bool((there > least).any())
+    assert torch.equal(found.gone.view(ROWS, -1, task.pattern.of).sum(2), there)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_zeros_than_are_asked_stay_as_they_are(name: str) -> None:
+    empty = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4)) < 0.7
+    found = solve(name, problem("20%", "wanda", w=weights().masked_fill(empty, 0), empty=empty))
+    assert torch.equal(found.gone, empty)
+
+
+def test_an_empty_weight_goes_first_however_high_its_score() -> None:
+    """By hand: of four the second is empty; the lowest of the others goes with it."""
+    empty = torch.tensor([[False, True, False, False]])
+    task = Linear(torch.ones(1, 4), Pattern.parse("2:4"), "row", torch.zeros(1, 4), empty=empty)
+    assert task.lowest(torch.tensor([[3.0, 9.0, 2.0, 4.0]]), "row").tolist() == [[False, True, True, False]]
+
+
 # ---- DSnoT
 
 
@@ -356,7 +399,7 @@ def test_a_singular_matrix_raises_the_damping_stepwise_and_says_so() -> None:
 def test_equal_inputs_give_the_weight_back_as_its_own_target() -> None:
     x, w = inputs(), weights()
     curvature = Curvature(x.T @ x)
-    assert torch.allclose(curvature.target(w, x.T @ x), w, atol=1e-9)
+    assert torch.allclose(curvature.target(w, x.T @ x, 1.0), w, atol=1e-9)
 
 
 def test_the_target_is_what_comes_nearest_to_the_dense_outputs() -> None:
@@ -364,4 +407,6 @@ def test_the_target_is_what_comes_nearest_to_the_dense_outputs() -> None:
     dense = x + 0.3 * inputs(seed=5)
     curvature = Curvature(x.T @ x, damping=1e-13)
     expected = torch.linalg.lstsq(x, dense @ w.T).solution.T
-    assert torch.allclose(curvature.target(w, dense.T @ x), expected, atol=1e-5)
+    assert torch.allclose(curvature.target(w, dense.T @ x, 1.0), expected, atol=1e-5)
+    assert torch.equal(curvature.target(w, dense.T @ x, 0.0), w)
+    assert torch.allclose(curvature.target(w, dense.T @ x, 0.25), w + (expected - w) / 4, atol=1e-5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from models import anatomy_of, make
 from regrow.artifacts.pattern import Pattern
-from regrow.artifacts.share import LEAST, ZERO_SPREADS, ZeroSpread, share
+from regrow.artifacts.share import LEAST, ZERO_SPREADS, ZeroSpread, levelled, rounded, share
 from regrow.engines.trace import traces
 from regrow.engines.zeros import prunable
 from regrow.errors import SettingsError, UnknownName
@@ -24,8 +26,8 @@ from regrow.spreads.zeros import OUTLIER, by_outliers, by_rank, outliers
 
 NAMES = ZERO_SPREADS.names()
 EVERY = pytest.mark.parametrize("spread", [ZERO_SPREADS.get(n) for n in NAMES], ids=NAMES)
-PERCENTAGES = ("20%", "33.3%", "50%", "66.6%", "75%", "80%")
-GROUPS = ("2:4", "4:8", "2:8", "3:8", "8:16", "2:16")  # one weight more or less leaves some of both
+PERCENTAGES = ("0%", "0.5%", "5%", "33.3%", f"{100 / 3}%", "50%", "75%", "95%", "99.9%")
+GROUPS = ("1:2", "2:4", "1:4", "3:4", "4:8", "2:8", "8:16", "15:16")
 
 
 def draws(count: int = 60) -> list[tuple[list[float], list[int]]]:
@@ -40,7 +42,7 @@ def draws(count: int = 60) -> list[tuple[list[float], list[int]]]:
 
 
 def shared(spread: ZeroSpread, pattern: str, measures: Sequence[float], weights: Sequence[int] | None = None) -> Any:
-    return share(Pattern.parse(pattern), spread.offsets(measures), weights or [100] * len(measures), spread)
+    return share(Pattern.parse(pattern), measures, weights or [100] * len(measures), spread)
 
 
 def mean(patterns: Sequence[Pattern], weights: Sequence[int]) -> Fraction:
@@ -75,8 +77,8 @@ def test_percentages_meet_the_mean_over_weights(spread: ZeroSpread, pattern: str
     for measures, weights in draws():
         found = shared(spread, pattern, measures, weights)
         assert len(found) == len(measures)
-        assert abs(mean(found, weights) - asked.zeros) <= 1e-5
-        assert all(LEAST <= p.zeros <= 1 - LEAST for p in found)
+        assert mean(found, weights) == asked.zeros
+        assert all(min(LEAST, asked.zeros) <= p.zeros <= max(1 - LEAST, asked.zeros) for p in found)
         assert max(abs(p.zeros - asked.zeros) for p in found) <= 2 * spread.band + 1e-5
         assert not any(p.of for p in found)
 
@@ -119,31 +121,89 @@ def test_large_layers_count_as_what_they_are() -> None:
     assert abs(mean(found, [50, 50]) - Fraction(1, 2)) > 0.07  # what a mean over layers would have met
 
 
-EDGES = "share() bounds a layer after the total was met; artifacts/share.py"
+def test_what_a_full_layer_cannot_take_goes_to_the_others() -> None:
+    """Wanted .95 and .08 about it: 1.03 is more than .99, so the others go up by .02."""
+    spread = ZeroSpread("x", "nothing", "-", "X.", float, list, 0.08, 1.0)
+    found = share(Pattern.parse("95%"), [1.0, 0.0, -1.0], [7, 7, 7], spread)
+    assert [p.zeros for p in found] == [Fraction(99, 100), Fraction(97, 100), Fraction(89, 100)]
+    late = [min(Fraction(95 + by, 100), 1 - LEAST) for by in (8, 0, -8)]  # the mutation: bounded after sharing
+    assert sum(late) < 3 * Fraction(95, 100)
 
 
-@pytest.mark.xfail(strict=True, reason=EDGES)
-@pytest.mark.parametrize(("name", "pattern"), [("owl", "1:4"), ("hessian", "3:4"), ("owl", "95%"), ("uniform", "0.5%")])
-def test_totals_are_met_at_the_edges(name: str, pattern: str) -> None:
-    asked, spread = Pattern.parse(pattern), ZERO_SPREADS.get(name)
-    for measures, _ in draws():
-        assert abs(mean(shared(spread, pattern, measures), [1] * len(measures)) - asked.zeros) <= 1e-5
+def test_sharing_again_meets_the_mean_and_keeps_the_order() -> None:
+    source = random.Random(2)
+    for _ in range(200):
+        layers, parts = source.randint(1, 9), range(-40, 140)
+        wishes = [Fraction(source.choice(parts), 100) for _ in range(layers)]
+        weights = [source.randint(1, 30) for _ in range(layers)]
+        level = Fraction(source.randint(0, 60), 60)
+        found = levelled(wishes, weights, level, Fraction(0), Fraction(1))
+        assert sum(w * x for w, x in zip(weights, found, strict=True)) == level * sum(weights)
+        assert all(0 <= x <= 1 for x in found)
+        shifts = {x - wish for x, wish in zip(found, wishes, strict=True) if 0 < x < 1}
+        assert len(shifts) <= 1
+
+
+def rounding(numbers: Sequence[int], wishes: Sequence[Fraction], weights: Sequence[int]) -> tuple[Fraction, Fraction]:
+    """How far the sum is moved, and how far all of it."""
+    moved = [w * (n - x) for n, x, w in zip(numbers, wishes, weights, strict=True)]
+    return abs(sum(moved, Fraction(0))), sum(map(abs, moved), Fraction(0))
+
+
+def test_whole_numbers_come_as_near_as_can_be() -> None:
+    """Against all ways to round: the nearest sum, and of those the least rounding."""
+    source = random.Random(3)
+    for _ in range(100):
+        layers = source.randint(1, 7)
+        wishes = [Fraction(source.randint(100, 300), 100) for _ in range(layers)]
+        weights = [source.choice((6, 10, 15, 77)) for _ in range(layers)]
+        ways = product(*({math.floor(x), math.ceil(x)} for x in wishes))
+        best = min(rounding(way, wishes, weights) for way in ways)
+        assert rounding(rounded(wishes, weights), wishes, weights) == best
+
+
+def test_many_layers_of_many_sizes_are_soon_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where few sums are followed the total is still met to a small part of one layer."""
+    source = random.Random(4)
+    weights = [source.randint(10**8, 2 * 10**8) for _ in range(80)]
+    measures = [source.random() for _ in weights]
+    monkeypatch.setattr("regrow.artifacts.share.SUMS", 1024)
+    found = shared(ZERO_SPREADS.get("owl"), "4:8", measures, weights)
+    assert len({p.keep for p in found}) == 3
+    assert abs(sum(w * (p.keep - 4) for w, p in zip(weights, found, strict=True))) < min(weights) / 20
+
+
+def test_a_layer_without_weights_has_no_say() -> None:
+    for name in NAMES:
+        spread = ZERO_SPREADS.get(name)
+        for pattern in ("50%", "4:8"):
+            found = shared(spread, pattern, [0.0, 2.0, 4.0, 6.0], [0, 10, 10, 10])
+            assert found == [Pattern.parse(pattern), *shared(spread, pattern, [2.0, 4.0, 6.0], [10, 10, 10])]
 
 
 @pytest.mark.parametrize("name", ["owl", "hessian"])
 @pytest.mark.parametrize("pattern", GROUPS)
 def test_groups_of_layers_of_different_sizes(name: str, pattern: str) -> None:
-    """No whole number of weights may meet the total; one weight of every group of the largest layer is near enough."""
+    """Of two sizes: no rounding comes nearer, so the total is off by half a weight of one layer's groups at most."""
     kept = Pattern.parse(pattern).keep
     for measures, weights in draws():
-        found = shared(ZERO_SPREADS.get(name), pattern, measures, weights)
-        assert abs(sum(w * (p.keep - kept) for w, p in zip(weights, found, strict=True))) <= max(weights)
+        sizes = [100 if w < 225 else 75 for w in weights]
+        found = shared(ZERO_SPREADS.get(name), pattern, measures, sizes)
+        assert all(0 < p.keep < p.of for p in found)
+        assert abs(sum(w * (p.keep - kept) for w, p in zip(sizes, found, strict=True))) <= max(sizes) / 2
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "3:4", "0%", "0.5%", "99.9%"])
+def test_where_no_layer_can_give_way_all_get_the_same(pattern: str) -> None:
+    """One weight less in some layers would leave others dense, or empty."""
+    for name in NAMES:
+        assert set(shared(ZERO_SPREADS.get(name), pattern, [1.0, 2.0, 3.0])) == {Pattern.parse(pattern)}
 
 
 # ---- uniform
 
 
-@pytest.mark.parametrize("pattern", ["50%", "2:4", "1:4", "2:8", "7:8"])
+@pytest.mark.parametrize("pattern", [*PERCENTAGES, *GROUPS])
 def test_uniform_gives_every_layer_what_was_asked(pattern: str) -> None:
     for measures, weights in draws(10):
         found = shared(ZERO_SPREADS.get("uniform"), pattern, measures, weights)

@@ -6,10 +6,11 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from regrow.artifacts.budget import Budget
@@ -21,7 +22,7 @@ from regrow.engines.gates import from_plan, gated
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks
 from regrow.errors import IdentityError, OutputError, SettingsError, TextError, UnknownName
-from regrow.settings import Evaluate, Recover
+from regrow.settings import RATES, Evaluate, Recover, dump, parse
 from regrow.stages import apply as applying
 from regrow.stages.apply import apply
 from regrow.stages.evaluate import check_asked, evaluate, read_text, sizes, write_samples
@@ -213,6 +214,25 @@ def test_training_settings_follow_the_recipe() -> None:
         as_train(Recover(batch=6, micro_batch=4), seed=0)
 
 
+@pytest.mark.parametrize("method", get_args(Recover.model_fields["method"].annotation))
+def test_a_rate_that_is_not_named_is_the_method_s_own(method: str) -> None:
+    """And a recipe that is written down names it."""
+    assert as_train(Recover(method=method), seed=0).learning_rate == RATES[method]  # type: ignore[arg-type]
+    assert as_train(Recover(method=method, learning_rate=0.02), seed=0).learning_rate == 0.02  # type: ignore[arg-type]
+    said = dump(parse({"recover": {"method": method}}))
+    assert yaml.safe_load(said)["recover"]["learning_rate"] == RATES[method]
+    assert yaml.safe_load(dump(parse({"recover": {"method": method, "learning_rate": None}}))) == yaml.safe_load(said)
+    assert f"{method} {RATES[method]:g}" in str(Recover.model_fields["learning_rate"].description)
+    with pytest.raises(SettingsError, match=r"recover\.learning_rate = 0"):
+        parse({"recover": {"method": method, "learning_rate": 0}})
+
+
+def test_factors_need_a_higher_rate_than_what_is_added() -> None:
+    assert RATES["full"] < RATES["lora"] == RATES["lora-masked"] < RATES["spp"] == RATES["hira"] == RATES["ia3"]
+    with pytest.raises(SettingsError, match=r"unknown recover\.method 'sp'"):
+        parse({"recover": {"method": "sp"}})
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_recovery_heals_a_cut_and_ends_rounded(subject: Subject, tmp_path: Path, method: str) -> None:
     apply(subject, plan_of(subject, "60%"))
@@ -224,8 +244,8 @@ def test_recovery_heals_a_cut_and_ends_rounded(subject: Subject, tmp_path: Path,
 
     before = loss()
     settings = Recover(method=method, tokens=4096, block=64, learning_rate=2e-3, rank=4)  # type: ignore[arg-type]
-    result = recover(subject, rows, settings, folder=tmp_path, seed=0)
-    assert result.tokens == 4096
+    done = recover(subject, rows, settings, folder=tmp_path, seed=0)
+    assert (done.training.tokens, done.notes) == (4096, ())
     assert loss() < before - 0.05
     assert not subject.model.training
     assert not any("lora" in name for name, _ in subject.model.named_parameters())

@@ -58,7 +58,9 @@ class Curvature:
             lower, bad = torch.linalg.cholesky_ex(self.gram.flip(0, 1))
             if not int(bad):
                 eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-                factor: torch.Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+                upper = lower.flip(0, 1)
+                del lower
+                factor: torch.Tensor = torch.linalg.solve_triangular(upper, eye, upper=True, out=eye)
                 return factor
             damping = self.raised = 10 * damping
             self.gram = self._damped(damping)
@@ -74,20 +76,20 @@ class Curvature:
         import torch
 
         root = self.gram.diagonal().sqrt()
-        values, vectors = torch.linalg.eigh((self.gram / root / root[:, None]).double())
-        return root, values.clamp_min(0).to(root), vectors.to(root)
+        values, vectors = torch.linalg.eigh(self.gram / root / root[:, None])
+        return root, values.clamp_min(0), vectors
 
     @cached_property
     def inverse_diagonal(self) -> torch.Tensor:
         """(n,) diagonal of gram^-1."""
         return self.factor.square().sum(0)
 
-    def target(self, weight: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:  # (m, n)
-        """The dense weight for these inputs whose outputs are nearest to those of `weight` on the dense model's inputs.
+    def target(self, weight: torch.Tensor, cross: torch.Tensor, mend: float) -> torch.Tensor:  # (m, n)
+        """The dense weight for these inputs whose outputs are nearest to those of `weight` on others.
 
-        `cross` (n, n) is the sum of x_dense x^T. With the damping on both sides, equal inputs give `weight` back.
+        The others lie `mend` of the way from these (0) to the dense model's (1); `cross` (n, n) is the sum of
+        x_dense x^T. With the damping on both sides, 0 and equal inputs give `weight` back.
         """
         factor = self.factor
-        pull = weight @ cross + weight * (self.gram.diagonal() - self.raw.diagonal())
-        nearest: torch.Tensor = pull @ factor.T @ factor
-        return nearest
+        pull = mend * (weight @ (cross - self.raw))
+        return weight + pull @ factor.T @ factor

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regrow.artifacts.mask import Within
+from regrow.artifacts.mask import Within, lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.registry import Registry
 
@@ -43,6 +43,13 @@ class Linear:
     rescore: Callable[[torch.Tensor, slice], torch.Tensor] | None = (
         None  # on moved weights of some columns, if it adapts
     )
+    empty: torch.Tensor | None = None  # (m, n) bool: zero before and for good, and counted among those that go
+
+    def lowest(self, scores: torch.Tensor, within: Within) -> torch.Tensor:  # (m, n) -> (m, n) bool
+        """What goes by `scores`, 0 or more: all that is empty, then the lowest until the pattern has its zeros."""
+        if self.empty is None:
+            return lowest(scores, self.pattern, within)
+        return lowest(scores.masked_fill(self.empty, -1), self.pattern, within) | self.empty
 
 
 @dataclass(frozen=True, slots=True)

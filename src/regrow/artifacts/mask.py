@@ -50,6 +50,15 @@ def lowest_of_rows(scores: torch.Tensor, count: int) -> torch.Tensor:  # (m, n) 
     return below | (level & (level.cumsum(1) <= missing))
 
 
+def lowest_of_counts(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:  # (m, n), (m,) -> (m, n) bool
+    """The lowest of each row, as many as `counts` says."""
+    import torch
+
+    order = scores.sort(dim=1, stable=True).indices  # (m, n)
+    first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]  # (m, n)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, first)
+
+
 def lowest_of_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:  # (m, n) -> (m, n) bool
     """The `of - keep` lowest of every `of` neighbours, by counting who is lower: no sort."""
     import torch

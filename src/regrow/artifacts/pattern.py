@@ -7,7 +7,7 @@ output, as NVIDIA's 2:4 has them. What this gives up: blocks, channels and other
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from regrow.errors import SettingsError
@@ -59,9 +59,3 @@ class Pattern:
                 f"groups that divide {inputs}",
                 "choose another pattern, or leave this module out",
             )
-
-    def with_zeros(self, zeros: Fraction) -> Pattern:
-        """The same arrangement with another share of zeros; groups keep a whole number."""
-        if not self.of:
-            return replace(self, zeros=zeros)
-        return Pattern.groups(min(self.of, max(1, round(self.of * (1 - zeros)))), self.of)

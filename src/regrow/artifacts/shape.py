@@ -81,7 +81,7 @@ class Anatomy:
     family: Family
     model_type: str
     tied: bool  # the head is the embedding
-    sizes: Mapping[str, int]  # L K G H D F C V
+    sizes: Mapping[str, int]  # L K G H D F C V; of experts A, how many of them a token meets
     tensors: tuple[Tensor, ...]  # every parameter once; a tied head is not listed
     alike: tuple[int, ...]  # for each layer, the first layer whose tensors look the same
     supported: tuple[Unit, ...]
@@ -185,9 +185,18 @@ class Costs:
 CONTEXT = 1024  # tokens attended to, on average, where FLOPs are counted
 
 
+def idle_weights(anatomy: Anatomy) -> int:
+    """Weights of the experts that a token does not meet; stacks of experts are the tensors with three dimensions."""
+    stacks = [tensor.shape for tensor in anatomy.tensors if len(tensor.shape) == 3]
+    return sum((shape[0] - anatomy.sizes["A"]) * shape[1] * shape[2] for shape in stacks)
+
+
 def flops_per_token(anatomy: Anatomy, shape: Shape, context: int = CONTEXT) -> int:
-    """2 for every weight of a matrix product, and 4 for every attended position of every channel of every head."""
-    matrices = count(anatomy, shape, decoder_only=True) + anatomy.sizes["V"] * shape.channels
+    """2 for every weight of a matrix product, and 4 for every attended position of every channel of every head.
+
+    Of experts those count that a token meets.
+    """
+    matrices = count(anatomy, shape, decoder_only=True) - idle_weights(anatomy) + anatomy.sizes["V"] * shape.channels
     attention = sum(x.groups * x.heads for x in shape.layers) * anatomy.sizes["D"]
     return 2 * matrices + 4 * context * attention
 

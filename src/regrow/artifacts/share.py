@@ -5,6 +5,8 @@ What this gives up: sharing inside a layer; its linears all get the same share.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +18,8 @@ from regrow.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-LEAST = Fraction(1, 100)  # of zeros, where a spread would leave a layer dense
+LEAST = Fraction(1, 100)  # of zeros, where a spread would leave a layer dense, and of weights, where it would empty one
+SUMS = 2**12  # sums that are followed at most when whole numbers are sought
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +37,68 @@ class ZeroSpread:
 ZERO_SPREADS: Registry[ZeroSpread] = Registry("spread of zeros", "regrow.spreads")
 
 
-def share(pattern: Pattern, offsets: Sequence[float], weights: Sequence[int], spread: ZeroSpread) -> list[Pattern]:
-    """A pattern for each layer, so that all together have the zeros that `pattern` says.
+def share(pattern: Pattern, measures: Sequence[float], weights: Sequence[int], spread: ZeroSpread) -> list[Pattern]:
+    """A pattern for each layer by what was measured of it, so that all together have the zeros that `pattern` says.
 
-    The mean is over weights, so layers of different sizes count as what they are. Groups keep whole numbers: offsets
-    are rounded so that the sum stays (largest remainders).
+    The total is over `weights`, so layers of different sizes count as what they are. It is exact for a percentage;
+    groups keep whole numbers, and it is as near as rounding each layer down or up can bring it. No layer is left
+    dense or empty, unless that was asked. A layer without weights has no say and gets `pattern`.
     """
-    total = sum(weights)
-    centred = [o - sum(w * x for w, x in zip(weights, offsets, strict=True)) / total for o in offsets]
-    if not pattern.of:
-        each = (pattern.zeros + Fraction(spread.band * o).limit_denominator(10**6) for o in centred)
-        return [pattern.with_zeros(min(max(zeros, LEAST), 1 - LEAST)) for zeros in each]
-    wanted = [pattern.of - pattern.keep + spread.groups * o for o in centred]
-    whole = [int(w // 1) for w in wanted]
-    missing = round(sum(wanted)) - sum(whole)
-    for i in sorted(range(len(wanted)), key=lambda i: whole[i] - wanted[i])[:missing]:
-        whole[i] += 1
-    return [Pattern.groups(min(pattern.of, max(1, pattern.of - z)), pattern.of) if z else pattern for z in whole]
+    filled = [i for i, weight in enumerate(weights) if weight]
+    sizes = [weights[i] for i in filled]
+    offsets = spread.offsets([measures[i] for i in filled])
+    if pattern.of:
+        wishes = [Fraction(spread.groups * o).limit_denominator(10**6) for o in offsets]
+        level = levelled(wishes, sizes, Fraction(pattern.of - pattern.keep), Fraction(1), Fraction(pattern.of - 1))
+        found = [Pattern.groups(pattern.of - zeros, pattern.of) for zeros in rounded(level, sizes)]
+    else:
+        wishes = [Fraction(spread.band * o).limit_denominator(10**6) for o in offsets]
+        low, high = min(LEAST, pattern.zeros), max(1 - LEAST, pattern.zeros)
+        found = [Pattern(zeros) for zeros in levelled(wishes, sizes, pattern.zeros, low, high)]
+    by_layer = dict(zip(filled, found, strict=True))
+    return [by_layer.get(i, pattern) for i in range(len(weights))]
+
+
+def levelled(
+    wishes: Sequence[Fraction], weights: Sequence[int], mean: Fraction, low: Fraction, high: Fraction
+) -> list[Fraction]:
+    """The wishes moved by one amount and bounded, so that their mean over `weights` is `mean`, which is within bounds.
+
+    What a bounded layer cannot take is shared among those that still have room. Exact: the sum is linear between two
+    amounts at which a layer meets a bound.
+    """
+
+    if low == high:
+        return [mean] * len(wishes)
+
+    def moved(by: Fraction) -> list[Fraction]:
+        return [min(max(wish + by, low), high) for wish in wishes]
+
+    def total(by: Fraction) -> Fraction:
+        return sum((w * x for w, x in zip(weights, moved(by), strict=True)), Fraction(0))
+
+    wanted = sum(weights) * mean
+    edges = sorted({bound - wish for wish in wishes for bound in (low, high)})
+    right = min(bisect_right(edges, wanted, key=total), len(edges) - 1)
+    a, b = edges[right - 1], edges[right]
+    return moved(a + (b - a) * (wanted - total(a)) / (total(b) - total(a)))
+
+
+def rounded(wishes: Sequence[Fraction], weights: Sequence[int]) -> list[int]:
+    """Each wish rounded down or up, so that the sum over `weights` stays as near as can be, and then the wishes too.
+
+    Every sum that can be reached is followed; of sums that differ by less than one of `SUMS` parts of all weights, one.
+    """
+    wanted = sum((w * x for w, x in zip(weights, wishes, strict=True)), Fraction(0))
+    grain = max(1, sum(weights) // SUMS)
+    reached: dict[int, tuple[float, int, tuple[int, ...]]] = {0: (0.0, 0, ())}  # what rounding moved, sum, numbers
+    for wish, weight in zip(wishes, weights, strict=True):
+        longer: dict[int, tuple[float, int, tuple[int, ...]]] = {}
+        for number in {math.floor(wish), math.ceil(wish)}:
+            change = float(weight * abs(number - wish))
+            for moved, total, numbers in reached.values():
+                one = (moved + change, total + weight * number, (*numbers, number))
+                where = one[1] // grain
+                longer[where] = min(one, longer.get(where, one))
+        reached = longer
+    return list(min(reached.values(), key=lambda one: (abs(one[1] - wanted), one))[2])

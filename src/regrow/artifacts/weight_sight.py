@@ -1,7 +1,7 @@
 """What a criterion of single weights may look at, and the decorator that turns a pure function into one.
 
-The function must work on any run of columns: solvers that go through a linear from left to right ask it again on what
-is left. What this gives up: criteria that compare linears; that is a spread's business.
+One that adapts must work on any run of columns: solvers that go through a linear from left to right ask it again on
+what is left. What this gives up: criteria that compare linears; that is a spread's business.
 """
 
 from __future__ import annotations

@@ -18,6 +18,14 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps")
 Dtype = Annotated[str | None, typer.Option(help="what to compute in: fp32, bf16, fp16")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 Out = Annotated[Path, typer.Option(help="the folder to make; must not exist")]
+Text = Annotated[str | None, typer.Option(help="text to measure on: a file, demo, or none")]
+Tasks = Annotated[str | None, typer.Option(help="zero-shot tasks to measure, with commas")]
+Limit = Annotated[int | None, typer.Option(help="items of each task")]
+Speed = Annotated[bool, typer.Option(help="measure speed and memory")]
+Calibration = Annotated[str | None, typer.Option(help="text: demo, demo:DOMAIN, a file, or hub:NAME")]
+CalibrationTokens = Annotated[int | None, typer.Option(help="tokens of it")]
+CalibrationBlock = Annotated[int | None, typer.Option(help="tokens in a sequence")]
+Override = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as recover.batch=16; repeatable")]
 Keep = Annotated[str | None, typer.Option(help="budget: 80%, 108M, 220MB, kv=75%, flops=70%")]
 
 

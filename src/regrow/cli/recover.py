@@ -1,4 +1,4 @@
-"""`regrow recover`: train a cut or sparse model, and write it with every zero it had."""
+"""`regrow recover`: train a cut or sparse model, and write it with as many zeros as it had."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ def recover(
     model: o.Model,
     out: o.Out,
     adapter: Annotated[
-        str | None, typer.Option(help="spp, lora, lora-masked, hira, ia3, or full for all weights")
+        str | None, typer.Option(help="spp, lora, lora-masked, hira, ia3; all weights: full, or ast, which moves zeros")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="tokens to train on")] = None,
     rank: Annotated[int | None, typer.Option(help="of the adapters")] = None,
     alpha: Annotated[float | None, typer.Option(help="adapters are scaled by alpha / rank")] = None,
     dropout: Annotated[float | None, typer.Option(help="before the adapters")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="the peak")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="the peak; the method's own unless named")] = None,
     train_text: Annotated[
         str | None, typer.Option("--train", help="text: demo, demo:DOMAIN, a file, or hub:NAME")
     ] = None,
+    template: Annotated[str | None, typer.Option(help="how instructions are written: alpaca or chat")] = None,
+    learn: Annotated[str | None, typer.Option(help="of instructions: all, or answers alone")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="learn from this model's predictions: a hub id, a folder, demo")
     ] = None,
     loss: Annotated[str | None, typer.Option(help="how far from the teacher; see `regrow ls losses`")] = None,
-    text: Annotated[str | None, typer.Option(help="text to measure on: a file, demo, or none")] = None,
-    tasks: Annotated[str | None, typer.Option(help="zero-shot tasks to measure, with commas")] = None,
-    limit: Annotated[int | None, typer.Option(help="items of each task")] = None,
-    speed: Annotated[bool, typer.Option(help="measure speed and memory")] = False,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, such as recover.batch=16; repeatable")
-    ] = None,
+    text: o.Text = None,
+    tasks: o.Tasks = None,
+    limit: o.Limit = None,
+    speed: o.Speed = False,
+    override: o.Override = None,
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -58,6 +58,8 @@ def recover(
             dropout=dropout,
             learning_rate=learning_rate,
             text=train_text,
+            template=template,
+            learn=learn,
             teacher=teacher,
             loss=loss,
         ),

@@ -19,12 +19,10 @@ def run(
     keep: o.Keep = None,
     recover_tokens: Annotated[int | None, typer.Option(help="tokens of recovery; 0 for none")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="tokens that scores are measured on")] = None,
-    text: Annotated[str | None, typer.Option(help="text to measure on: a file, demo, or none")] = None,
-    tasks: Annotated[str | None, typer.Option(help="zero-shot tasks to measure, with commas")] = None,
-    limit: Annotated[int | None, typer.Option(help="items of each task")] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, such as recover.rank=16; repeatable")
-    ] = None,
+    text: o.Text = None,
+    tasks: o.Tasks = None,
+    limit: o.Limit = None,
+    override: o.Override = None,
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.Dtype = None,

@@ -28,15 +28,22 @@ def sparsify(
         float | None, typer.Option(help="of the Gram matrices, as a share of their mean diagonal")
     ] = None,
     inputs: Annotated[str | None, typer.Option(help="what a block reads: pruned, dense (one pass) or both")] = None,
+    mend: Annotated[
+        float | None, typer.Option(help="with inputs both: how far to aim at the dense model's outputs, 0 to 1")
+    ] = None,
+    keep_statistics: Annotated[
+        bool | None,
+        typer.Option(help="keep what dense inputs gave: another pattern or solver then reads no text"),
+    ] = None,
     leave: Annotated[str | None, typer.Option(help="ends of names of linears that stay dense")] = None,
     existing: Annotated[str | None, typer.Option(help="zeros that are there already: refuse or keep")] = None,
-    calibration: Annotated[str | None, typer.Option(help="text: demo, demo:DOMAIN, a file, or hub:NAME")] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(help="tokens of it")] = None,
-    calibration_block: Annotated[int | None, typer.Option(help="tokens in a sequence")] = None,
-    text: Annotated[str | None, typer.Option(help="text to measure on: a file, demo, or none")] = None,
-    tasks: Annotated[str | None, typer.Option(help="zero-shot tasks to measure, with commas")] = None,
-    limit: Annotated[int | None, typer.Option(help="items of each task")] = None,
-    speed: Annotated[bool, typer.Option(help="measure speed and memory")] = False,
+    calibration: o.Calibration = None,
+    calibration_tokens: o.CalibrationTokens = None,
+    calibration_block: o.CalibrationBlock = None,
+    text: o.Text = None,
+    tasks: o.Tasks = None,
+    limit: o.Limit = None,
+    speed: o.Speed = False,
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -56,6 +63,8 @@ def sparsify(
         spread=spread,
         damping=damping,
         inputs=inputs,
+        mend=mend,
+        keep_statistics=keep_statistics,
         leave=o.names(leave),
         existing=existing,
     )

@@ -21,6 +21,20 @@ def wanda(sight: WeightSight) -> torch.Tensor:
     return sight.weight.abs() * sight.norm  # (m, n)
 
 
+@weight_criterion(sees="inputs", within="matrix", paper="arXiv:2306.11695 (Wanda, variant)")
+def wanda_variant(sight: WeightSight) -> torch.Tensor:
+    """What share of its output's scores goes when it goes with all below it: rows may lose unequal counts.
+
+    The paper's code bisects for one share that all rows of a linear lose; these scores over the whole linear give that
+    share with an exact count. Inside a row the order is Wanda's, so in groups of N:M both are the same.
+    """
+    scores, order = wanda(sight).sort(dim=1, stable=True)  # (m, n) rising
+    gone = scores.cumsum(1)  # (m, n)
+    whole = gone[:, -1:]  # (m, 1), 0 of an output that is 0
+    share = torch.where(whole > 0, gone / whole, 0)
+    return torch.empty_like(share).scatter_(1, order, share)  # (m, n)
+
+
 @weight_criterion(sees="gram", within="block", solver="update", adapts=True, paper="arXiv:2301.00774 (SparseGPT)")
 def sparsegpt(sight: WeightSight) -> torch.Tensor:
     """What removing the weight costs when later inputs make up for it: w^2 / U_jj^2."""

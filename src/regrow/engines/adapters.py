@@ -6,6 +6,7 @@ layer may lack a branch. What this gives up: adapters that stay apart after trai
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -109,6 +110,25 @@ def merge(model: PeftModel) -> nn.Module:
     merged.requires_grad_(True).eval()
     check_same(adapted, _logits(merged, probe))
     return merged
+
+
+@torch.no_grad()
+def moved(model: PeftModel, store: torch.dtype) -> float:
+    """Share of the weights under adapters, zeros aside, that a merge will change once they are rounded to `store`.
+
+    Exact: each linear is merged in a copy, so that memory grows by one of them.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    changed = total = 0
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            merged = copy.deepcopy(layer).float()
+            merged.merge()
+            before, after = (each.get_base_layer().weight.to(store) for each in (layer, merged))  # (m, n)
+            changed += int(((after != before) & (before != 0)).sum())
+            total += int((before != 0).sum())
+    return changed / max(1, total)
 
 
 def check_same(adapted: Tensor, merged: Tensor) -> None:

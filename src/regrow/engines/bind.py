@@ -60,6 +60,7 @@ def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
         "F": config.intermediate_size,
         "C": config.hidden_size,
         "V": config.vocab_size,
+        **({"A": config.num_experts_per_tok} if hasattr(config, "num_experts_per_tok") else {}),
     }
 
 

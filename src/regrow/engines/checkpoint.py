@@ -182,6 +182,14 @@ def read(
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
             raise BrokenModel(f"{name} holds NaN or infinite weights", "finite weights", "use another checkpoint")
+    tokenizer = read_tokenizer(folder, config, trust_remote_code=trust_remote_code)
+    return cast("PreTrainedModel", model.to(device).eval()), tokenizer
+
+
+def read_tokenizer(
+    folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises `BrokenModel` for none, and for one that does not fit the model."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing more exact
@@ -191,7 +199,7 @@ def read(
             "copy the tokenizer files of the base model into the folder",
         ) from error
     check_vocabulary(tokenizer, config.vocab_size)
-    return cast("PreTrainedModel", model.to(device).eval()), tokenizer
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def _finite(weights: Tensor) -> bool:

@@ -14,8 +14,19 @@ from torch import Tensor, nn
 
 from regrow.artifacts.goal import Divergence
 from regrow.engines.head import Head, final_states, head_of, mean_over_tokens
+from regrow.engines.packed import learnt
 from regrow.engines.resume import weights_fingerprint
 from regrow.errors import SettingsError, UnsupportedModel
+
+PROBES = (
+    "The quick brown fox, naïve façade!\n",
+    "Съешь ещё этих мягких французских булок",
+    "敏捷的棕色狐狸，跳过了懒狗。",
+    "def f(x):\n\tif x:\n        return  x ** 2  # done\n\n",
+    "0123456789 3.14159 1,000,000 2026-05-31",
+    "👩\u200d🚀 🎉🇩🇪",
+)
+"""Texts that tokenizers of one vocabulary may still cut in different places: scripts, white space, digits, emoji."""
 
 
 def needed_head(model: Any, who: str) -> Head:
@@ -31,7 +42,10 @@ def needed_head(model: Any, who: str) -> Head:
 
 
 class FromTeacher:
-    """The loss (model, batch) -> () of the training loop: mean divergence from the teacher over all positions."""
+    """The loss (model, batch) -> () of the training loop: mean divergence from the teacher over all positions.
+
+    Where only some tokens are learnt: over the positions before them; 0 where there are none.
+    """
 
     def __init__(self, teacher: Any, divergence: Divergence, options: Mapping[str, Any] | None = None) -> None:
         self.teacher, self.head = teacher.eval(), needed_head(teacher, "teacher")
@@ -39,10 +53,15 @@ class FromTeacher:
         self.__name__ = f"{divergence.name} from {weights_fingerprint(teacher)}"  # what a resumed run must share
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        ids = batch["input_ids"]  # (b, T)
+        ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
+
+        def states(of: Any, where: Any) -> Tensor:  # (positions, C)
+            found = final_states(of, ids.to(where)).to(ids.device)  # (b, T, C)
+            return found.flatten(0, 1) if mask is None else found[:, :-1][mask]
+
         with torch.no_grad():
-            theirs = final_states(self.teacher, ids.to(self.teacher.device)).flatten(0, 1).to(ids.device)  # (b * T, C)
-        ours = final_states(model, ids).flatten(0, 1)  # (b * T, c)
+            theirs = states(self.teacher, self.teacher.device)
+        ours = states(model, ids.device)
         head = needed_head(bare(model), "student")
 
         def measure(logits: Tensor, piece: slice) -> Tensor:
@@ -61,12 +80,29 @@ def bare(model: Any) -> Any:
 
 
 def check_teacher(student: Any, teacher: Any, ours: Any, theirs: Any) -> None:
-    """Raise `SettingsError` unless both tokenizers give the same ids."""
-    sizes = student.config.vocab_size, teacher.config.vocab_size
-    probe = "The quick brown fox, 1234 times: naïve façade!\n"
-    if sizes[0] != sizes[1] or ours(probe).input_ids != theirs(probe).input_ids:
+    """Raise `SettingsError` unless a token means the same to both configurations and both tokenizers."""
+    why = _difference(student, teacher, ours, theirs)
+    if why is not None:
         raise SettingsError(
-            f"a teacher whose tokenizer is another one (vocabularies of {sizes[1]:,} and {sizes[0]:,})",
+            f"a teacher whose tokenizer is another one ({why})",
             "a teacher with the student's tokenizer, such as the model it was cut from",
             "choose another teacher, or train without one",
         )
+
+
+def _difference(student: Any, teacher: Any, ours: Any, theirs: Any) -> str | None:
+    """The first thing that sets two tokenizers apart: sizes, ids of tokens, special tokens, how text is cut."""
+    if student.vocab_size != teacher.vocab_size:
+        return f"vocabularies of {teacher.vocab_size:,} and {student.vocab_size:,}"
+    here, there = ours.get_vocab(), theirs.get_vocab()
+    odd = min(here.items() ^ there.items(), default=None)
+    if odd is not None:
+        return f"token {odd[0]!r} is {there.get(odd[0], 'none')} there and {here.get(odd[0], 'none')} here"
+    for role in ("bos_token", "eos_token"):
+        if getattr(ours, role) != getattr(theirs, role):
+            return f"{role} is {getattr(theirs, role)!r} there and {getattr(ours, role)!r} here"
+    for text in PROBES:
+        cut = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for tokenizer in (ours, theirs)]
+        if cut[0] != cut[1]:
+            return f"it cuts {text!r} in other places"
+    return None

@@ -38,7 +38,7 @@ class Reading:
 
     def __init__(self, channels: int, sees: str, device: torch.device) -> None:
         wide = partial(torch.zeros, channels, dtype=torch.float64, device=device)
-        self.tokens, self.sequences = 0, 0
+        self.tokens = 0
         self.squares, self.mean, self.spread = wide(), wide(), wide()  # (n,)
         self.moments = sees in ("moments", "all")
         gram = sees in ("gram", "all")
@@ -57,8 +57,8 @@ class Reading:
             self.cross = x.new_zeros(x.shape[1], x.shape[1]) if self.cross is None else self.cross
             self.cross.addmm_(dense.float().T, x)
         if self.products is not None:
-            for a in range(0, x.shape[1], STRIPE):
-                self.products[a : a + STRIPE, a:].addmm_(x[:, a : a + STRIPE].T, x[:, a:])
+            for a, part in zip(range(0, x.shape[1], STRIPE), _stripes(self.products), strict=True):
+                part.addmm_(x[:, a : a + STRIPE].T, x[:, a:])
         else:
             self.squares += torch.linalg.vector_norm(x, dim=0).double().square()
         if self.moments:  # Chan's formula: the means of two batches differ
@@ -78,12 +78,39 @@ class Reading:
             gram[b:, a:b] = gram[a:b, b:].T
         return gram
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was added up; of the products the upper stripes, one after the other."""
+        found = {"tokens": torch.tensor(self.tokens), "squares": self.squares, "mean": self.mean, "spread": self.spread}
+        if self.products is not None:
+            found["squares"] = self.products.diagonal().double()
+            found["products"] = torch.cat([part.flatten() for part in _stripes(self.products)])
+        return found
+
+    @classmethod
+    def made_of(cls, tensors: dict[str, Tensor], sees: str) -> Reading:
+        """The reading that gave `tensors`, as far as `sees` asks."""
+        squares = tensors["squares"]
+        made = cls(len(squares), sees, squares.device)
+        made.tokens = int(tensors["tokens"])
+        made.squares, made.mean, made.spread = squares, tensors["mean"], tensors["spread"]
+        if made.products is not None:
+            parts = list(_stripes(made.products))
+            flat = torch.split(tensors["products"], [part.numel() for part in parts])
+            for part, values in zip(parts, flat, strict=True):
+                part.copy_(values.view_as(part))
+        return made
+
     def inputs(self, sequences: int) -> Inputs:
         return Inputs(
             squares=(self.squares / sequences).float(),
             sums=(self.mean * self.tokens / sequences).float(),
             variance=(self.spread / max(1, self.tokens)).float(),
         )
+
+
+def _stripes(square: Tensor) -> Iterator[Tensor]:
+    """Views of rows of `square` (n, n), each from its first diagonal entry on."""
+    return (square[a : a + STRIPE, a:] for a in range(0, len(square), STRIPE))
 
 
 def matrices(block: nn.Module, prefix: str) -> list[Matrix]:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from regrow.artifacts.curvature import Curvature
 from regrow.artifacts.linear import Inputs, Linear, Solver, Sparse
-from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
 from regrow.engines.inputs import Matrix, Observer, Reading, matrices
+from regrow.engines.readings import Readings
 from regrow.engines.removal import layer_arguments, run_layer
+from regrow.engines.room import give_back
 from regrow.engines.walk import check_finite
 
 Progress = Callable[[int, int], None]  # (blocks done, blocks in all)
@@ -38,6 +39,7 @@ class Method:
     inputs: Literal["pruned", "dense", "both"] = "pruned"
     """What a block reads: what the pruned blocks before it give, what the dense model gives, or what the pruned ones
     give with the dense model's outputs as the target."""
+    mend: float = 0.25  # with both: how far the target goes from the dense weights (0) to the dense outputs (1)
     keep_zeros: bool = False  # what is zero before stays zero
 
     @property
@@ -74,9 +76,12 @@ def sparsify(
     patterns: Sequence[Pattern],  # one a layer
     *,
     leave: Sequence[str] = (),
+    kept: Readings | None = None,
     progress: Progress | None = None,
 ) -> list[Pruned]:
     """Make `model` sparse in place and say what became of every matrix that is not in `leave` (ends of names).
+
+    `kept` holds readings of the dense inputs, which are used, or will hold them.
 
     Raises `SettingsError` for a pattern that does not divide, `BrokenModel` when an input is not finite.
     """
@@ -89,16 +94,22 @@ def sparsify(
         for matrix in found:
             patterns[i].check(matrix.name, matrix.weight.shape[1])
     done: list[Pruned] = []
-    stream, calls = (None, []) if blocks is None or method.sees == "nothing" else _enter(model, layers, blocks)
+    routed = method.criterion.sees == "routed"
+    read = blocks is not None and method.sees != "nothing"
+    ready = kept if read and kept is not None and kept.holds(method.sees, routed) else None
+    stream, calls = (None, []) if blocks is None or not read or ready else _enter(model, layers, blocks)
     dense = stream.clone() if stream is not None and method.inputs == "both" else None
     for i, layer in enumerate(layers):
-        readings: dict[str, Reading] = {}
+        readings = {} if ready is None else ready.load(i, method.sees, routed)
         if stream is not None:
-            with Observer(layer, method.sees, method.criterion.sees == "routed") as observer:
+            with Observer(layer, method.sees, routed) as observer:
                 _read(layer, stream, dense, calls[i], observer, keep=method.inputs == "dense")
             readings = observer.readings
-        sequences = 1 if stream is None else len(stream)
+            if kept is not None:
+                kept.save(i, method.sees, routed, readings)
+        sequences = 1 if blocks is None else len(blocks)
         for reading, together in _by_reading(chosen[i], readings):
+            give_back()
             done += _prune_together(together, i, reading, method, patterns[i], sequences)
         if stream is not None and method.inputs != "dense" and i + 1 < len(layers):
             for k in range(len(stream)):
@@ -116,22 +127,30 @@ def layer_values(
     measure: Callable[[Tensor], float],
     *,
     leave: Sequence[str] = (),
+    kept: Readings | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """`measure` of all scores |w| |x| (n,) of each layer of the dense model, in one pass."""
+    """`measure` of all scores |w| |x| (n,) of each layer of the dense model, in one pass; 0 of a layer without any.
+
+    Readings that were `kept` spare the pass.
+    """
     layers = list(model.get_submodule(anatomy.family.layers).children())
-    stream, calls = _enter(model, layers, blocks)
+    ready = kept if kept is not None and kept.holds("inputs", False) else None
+    stream, calls = (None, []) if ready else _enter(model, layers, blocks)
     found = []
     for i, layer in enumerate(layers):
-        with Observer(layer, "inputs") as observer:
-            _read(layer, stream, None, calls[i], observer, keep=True)
+        readings = {} if ready is None else ready.load(i, "inputs", False)
+        if stream is not None:
+            with Observer(layer, "inputs") as observer:
+                _read(layer, stream, None, calls[i], observer, keep=True)
+            readings = observer.readings
         scores = []
         for matrix in matrices(layer, f"{anatomy.family.layers}.{i}"):
-            seen = observer.readings.get(matrix.site)
+            seen = readings.get(matrix.site)
             if seen is not None and seen.tokens and not left_out(matrix.name, leave):
-                norm = seen.inputs(len(stream)).squares.sqrt()
+                norm = seen.inputs(len(blocks)).squares.sqrt()
                 scores.append((matrix.weight.abs().float() * norm).flatten())
-        found.append(measure(torch.cat(scores)))
+        found.append(measure(torch.cat(scores)) if scores else 0.0)
         if progress is not None:
             progress(i + 1, len(layers))
     return found
@@ -207,11 +226,10 @@ def _prune(
         check_finite(f"inputs of {matrix.name}", inputs.squares)
     target = weight.float()
     if curvature is not None and found is not None and found.cross is not None:
-        target = curvature.target(target, found.cross)
+        target = curvature.target(target, found.cross, method.mend)
     empty = weight == 0 if method.keep_zeros else None
     task = task_of(target, inputs, curvature, method.criterion, pattern, empty)
-    gone = lowest(task.scores, pattern, method.criterion.within)
-    gone = gone if empty is None else gone | empty
+    gone = task.lowest(task.scores, method.criterion.within)
     answer = Sparse(task.weight.masked_fill(gone, 0), gone)
     for solver, options in method.solvers:
         answer = solver.solve(task, answer, **options)
@@ -248,7 +266,8 @@ def task_of(
         return scores if empty is None else scores.masked_fill(empty[:, columns], -1)
 
     every = score(weight, slice(None))
-    return Linear(weight, pattern, criterion.within, every, inputs, curvature, score if criterion.adapts else None)
+    rescore = score if criterion.adapts else None
+    return Linear(weight, pattern, criterion.within, every, inputs, curvature, rescore, empty)
 
 
 def _error(dense: Tensor, sparse: Tensor, curvature: Curvature) -> float:

@@ -95,15 +95,8 @@ class Linear(nn.Module, SppLayer):
         self.update_layer(adapter, config)
 
     def update_layer(self, adapter: str, config: SppConfig) -> None:
-        """Add an adapter: alpha uniform in +-1/sqrt(n), beta zero. Raises `SettingsError` unless r divides the rows."""
+        """Add an adapter: alpha uniform in +-1/sqrt(n), beta zero; r divides the rows."""
         rows, columns = self.base_layer.weight.shape
-        if rows % config.r:
-            fits = [d for d in range(1, rows + 1) if rows % d == 0 and d <= 4 * config.r]
-            raise SettingsError(
-                f"SPP of rank {config.r} on {self.name}, which has {rows} outputs",
-                f"a rank that divides them: {', '.join(map(str, fits))}",
-                "choose one of them, or leave the module out of target_modules",
-            )
         self.r[adapter], self.scaling[adapter] = config.r, config.spp_alpha / config.r
         self.dropout[adapter], self.form[adapter] = config.spp_dropout, config.form
         alpha = torch.empty(config.r, columns)
@@ -169,6 +162,11 @@ class Linear(nn.Module, SppLayer):
         return spp_forward.FORMS[form](x, dropped, weight, bias, alpha, beta, self.scaling[name])
 
 
+def _outputs(module: Any) -> int:
+    """Of a linear, with adapters or without."""
+    return len(module.weight)
+
+
 class SppModel(BaseTuner):  # type: ignore[misc]
     """A model whose linears carry SPP adapters."""
 
@@ -185,15 +183,23 @@ class SppModel(BaseTuner):  # type: ignore[misc]
         parent: nn.Module,
         current_key: str,
     ) -> None:
+        if not isinstance(target, Linear | nn.Linear):
+            raise SettingsError(f"SPP on {current_key}, a {type(target).__name__}", "linears", "leave it out")
+        if _outputs(target) % peft_config.r:
+            spp_forward.check_rank(peft_config.r, {current_key: _outputs(target), **self._all_outputs(peft_config)})
         if isinstance(target, Linear):
             target.update_layer(adapter_name, peft_config)
-            return
-        if not isinstance(target, nn.Linear):
-            raise SettingsError(f"SPP on {current_key}, a {type(target).__name__}", "linears", "leave it out")
-        module = Linear(target, adapter_name, current_key, peft_config)
-        if adapter_name not in self.active_adapters:
-            module.requires_grad_(False)
-        self._replace_module(parent, target_name, module, target)
+        else:
+            module = Linear(target, adapter_name, current_key, peft_config)
+            self._replace_module(parent, target_name, module, target)
+
+    def _all_outputs(self, config: SppConfig) -> dict[str, int]:
+        """Outputs of every linear that the adapter is for, by name."""
+        return {
+            name: _outputs(module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, Linear | nn.Linear) and self._check_target_module_exists(config, name)
+        }
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """The adapter remembers the zeros it was made for. Raises `SettingsError` on a model with others."""

@@ -11,7 +11,8 @@ folded         6 m n T    x                             two matrices m x n, for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regrow.errors import SettingsError
+
 FEW = 8  # tokens below which nothing is folded: building a matrix would cost more than using it
+
+
+def check_rank(rank: int, outputs: Mapping[str, int]) -> None:
+    """Raise `SettingsError` unless `rank` divides the outputs of every linear; `outputs` by name."""
+    fits = [d for d in range(1, 4 * rank) if math.gcd(*outputs.values()) % d == 0]
+    for name, rows in outputs.items():
+        if rows % rank:
+            raise SettingsError(
+                f"SPP of rank {rank} on {name}, which has {rows} outputs",
+                f"a rank that divides the outputs of every linear: {', '.join(map(str, fits))}",
+                "choose one of them",
+            )
 
 
 def delta(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:  # (m, n)

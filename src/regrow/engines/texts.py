@@ -1,8 +1,9 @@
 """Where documents come from, and which of them may be used for what.
 
 The text itself decides its part: a hash of its words puts it into calibration, recovery or held-out text, so the three
-never share a document, whatever file or order it came in. What this gives up: choosing the parts' sizes, near
-duplicates (only equal words count as equal), and hub datasets beyond their first rows.
+never share a document, whatever file or order it came in. Rows of instructions and answers are lessons; their text is
+Alpaca's, so they can be calibrated on too. What this gives up: choosing the parts' sizes, near duplicates (only equal
+words count as equal), and hub datasets beyond their first rows.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from regrow.engines.demo import wheel_file
+from regrow.engines.instructions import FIELDS, ROWS, Lesson, alpaca, kind, read_lesson
 from regrow.errors import TextError
 
 Part = Literal["calibration", "recovery", "heldout"]
 
-FORMS = "demo, demo:DOMAIN, a .txt, .jsonl or .parquet file, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
+FORMS = "demo, demo:DOMAIN, a .txt, .json, .jsonl or .parquet file, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
 LEAST_CHARACTERS = 200  # shorter paragraphs of a .txt file join the next one
 HUB_DOCUMENTS = 100_000  # rows of a hub dataset that are read unless SPLIT says otherwise
 
@@ -35,7 +37,12 @@ _HUB = re.compile(
 @dataclass(frozen=True, slots=True)
 class Document:
     domain: str  # a demo domain, a file's stem, or a hub dataset's name
-    text: str
+    text: str  # of a lesson, as Alpaca's template writes it
+    lesson: Lesson | None = None
+
+
+Row = tuple[str, Any]
+"""Where a row stands, and what is there."""
 
 
 def documents(source: str, part: Part | None) -> list[Document]:
@@ -94,7 +101,7 @@ def _read(source: str) -> Iterable[Document]:
     if reader is None or not path.is_file():
         raise _no_source(f"text source {source!r} does not exist" if reader else f"{source!r} is no text source")
     try:
-        return [Document(path.stem, text) for text in reader(path)]
+        return list(reader(path))
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, str(error)) from error
 
@@ -106,7 +113,7 @@ def _no_source(came: str) -> TextError:
 def _unreadable(path: Path, why: str) -> TextError:
     return TextError(
         f"{path} cannot be read: {why}",
-        "UTF-8 .txt; .jsonl with one object a line and a field 'text'; .parquet with a column 'text'",
+        f"UTF-8 .txt; .json, .jsonl (an object a line) or .parquet, whose rows have a field 'text', or {ROWS}",
         "mend the file or convert it to one of these",
     )
 
@@ -162,40 +169,87 @@ def paragraphs(text: str) -> Iterator[str]:
         yield held
 
 
-def _json_lines(path: Path) -> Iterator[str]:
+def _paragraphs(path: Path) -> Iterator[Document]:
+    return (Document(path.stem, text) for text in paragraphs(path.read_text(encoding="utf-8")))
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise _unreadable(path, f"line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise _unreadable(path, f"line {number} is not an object")
-        strings = [name for name, value in row.items() if isinstance(value, str)]
-        name = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-        if name is None:
-            raise _unreadable(path, f"line {number} has no field 'text'; its fields of text are {strings}")
-        yield row[name]
+        if line.strip():
+            yield f"line {number}", _parsed(path, line, f"line {number}")
 
 
-def _columns(path: Path) -> Iterator[str]:
+def _json_list(path: Path) -> Iterator[Row]:
+    """The rows of a list, or of an object's only list."""
+    data = _parsed(path, path.read_text(encoding="utf-8"), "it")
+    lists = [value for value in (data.values() if isinstance(data, dict) else [data]) if isinstance(value, list)]
+    if len(lists) != 1:
+        raise _unreadable(path, "it is neither a list nor an object with one list")
+    return ((f"row {number}", row) for number, row in enumerate(lists[0], 1))
+
+
+def _parsed(path: Path, text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _unreadable(path, f"{where} is not JSON ({error})") from error
+
+
+def _columns(path: Path) -> Iterator[Row]:
     from pyarrow import ArrowInvalid, parquet
 
     try:
         file = parquet.ParquetFile(path)
     except ArrowInvalid as error:
         raise _unreadable(path, str(error)) from error
-    if "text" not in file.schema_arrow.names:
-        raise _unreadable(path, f"it has no column 'text'; its columns are {file.schema_arrow.names}")
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+    names = file.schema_arrow.names
+    wanted = [name for name in FIELDS.get(kind(names), ("text",)) if name in names]
+    if not wanted:
+        raise _unreadable(path, f"it has no column 'text'; its columns are {names}")
+    rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1) if wanted != ["text"] or row["text"])
 
 
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": lambda path: paragraphs(path.read_text(encoding="utf-8")),
-    ".jsonl": _json_lines,
-    ".parquet": _columns,
+def _documents(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Document]]:
+    """What `rows` reads of a file, as documents of one kind."""
+
+    def read(path: Path) -> Iterator[Document]:
+        first = ""
+        for where, row in rows(path):
+            if not isinstance(row, dict):
+                raise _unreadable(path, f"{where} is not an object")
+            first, found = first or kind(row), kind(row)
+            if found != first:
+                raise TextError(
+                    f"{path}: {where} is recognised by {found!r}, and those before it by {first!r}",
+                    "rows of one kind in a file",
+                    "split the file",
+                )
+            if found == "text":
+                yield Document(path.stem, _text(path, where, row))
+            else:
+                yield _lesson(path.stem, row, f"{path}: {where}")
+
+    return read
+
+
+def _text(path: Path, where: str, row: Mapping[str, Any]) -> str:
+    strings = {name: value for name, value in row.items() if isinstance(value, str)}
+    if "text" not in strings and len(strings) != 1:
+        raise _unreadable(path, f"{where} has no field 'text'; its fields of text are {[*strings]}")
+    return strings["text"] if "text" in strings else next(iter(strings.values()))
+
+
+def _lesson(domain: str, row: Mapping[str, Any], where: str) -> Document:
+    lesson = read_lesson(row, where)
+    return Document(domain, "".join(piece for piece, _ in alpaca(lesson)), lesson)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+    ".txt": _paragraphs,
+    ".json": _documents(_json_list),
+    ".jsonl": _documents(_json_lines),
+    ".parquet": _documents(_columns),
 }
 
 
@@ -217,6 +271,8 @@ def _hub(source: str) -> tuple[Document, ...]:
         raise TextError(
             f"hub dataset {source!r} cannot be loaded: {error}", FORMS, "check the name and the network"
         ) from error
+    if match["column"] is None and found and kind([*found[0], "text"]) != "text":  # else a column may be named
+        return tuple(_lesson(name, row, f"{name}: row {number}") for number, row in enumerate(found, 1))
     texts = sorted({name for row in found for name, value in row.items() if isinstance(value, str)})
     if column not in texts:
         raise TextError(

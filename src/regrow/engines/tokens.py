@@ -1,20 +1,29 @@
-"""Documents in, blocks of token ids out: the only two ways text reaches a model.
+"""Documents in, blocks of token ids out: the only ways text reaches a model.
 
 `blocks` is for calibration and recovery: shuffled with a seed, documents apart by a separator, packed without gaps.
+`lessons` packs instructions in the same way, as a template writes them, and knows which tokens are answers.
 `text_blocks` is for evaluation: the text as it is, tokenised once, as the papers do.
-What this gives up: the tail that does not fill a block, and attention masks between packed documents.
+What this gives up: the tail that does not fill a block, and attention masks between packed documents. A lesson may
+begin in one block and end in the next, where its answer goes on without what was asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from regrow.engines.instructions import Piece, Template, alpaca, chat, chosen_template
+from regrow.engines.packed import Packed
 from regrow.engines.texts import Document
-from regrow.errors import BrokenModel, TextError
+from regrow.errors import BrokenModel, SettingsError, TextError
+
+Learn = Literal["all", "answers"]
+Encoded = tuple[list[int], list[bool]]
+"""Ids, and which of them are answers."""
 
 _BATCH = 64  # documents tokenised at a time; reading stops once there are enough tokens
 
@@ -27,14 +36,45 @@ def blocks(
     Every document is followed by the tokenizer's EOS (else its BOS, else nothing); no other special token is added.
     Fewer blocks come back when the documents run out. Raises `TextError` when not even one block is full.
     """
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = None if tokens is None else max(tokens // block, 1) * block
-    stream: list[int] = []
-    for ids in _encoded([documents[i].text for i in order], tokenizer):
-        stream += ids
-        if wanted is not None and len(stream) >= wanted:
-            break
-    return _cut(stream[:wanted], block)
+    scripts = ([(document.text, True)] for document in _shuffled(documents, seed))
+    return _pack(_encoded(scripts, tokenizer), block, tokens).ids
+
+
+def lessons(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    block: int,
+    tokens: int | None,
+    seed: int,
+    template: Template | None = None,
+    learn: Learn = "all",
+) -> Packed:  # (n, block)
+    """Blocks for a training. Plain text gives those of `blocks`, and all of it is learnt.
+
+    Lessons are written by `template` (None: the tokenizer's chat template where it has one, else Alpaca's), and every
+    one is followed by the separator unless a chat template has written it. `learn` answers: of every turn, with what
+    ends it. Raises `SettingsError` (words about lessons and none there, no chat template) and `TextError`.
+    """
+    check_lessons(documents, template, learn)
+    told = [document.lesson for document in _shuffled(documents, seed) if document.lesson is not None]
+    if len(told) < len(documents):
+        return Packed(blocks(documents, tokenizer, block=block, tokens=tokens, seed=seed))
+    chosen = chosen_template(tokenizer, template)
+    scripts = (alpaca(lesson) if chosen == "alpaca" else chat(lesson, tokenizer) for lesson in told)
+    found = _pack(_encoded(scripts, tokenizer, ends=chosen == "chat"), block, tokens)
+    return found if learn == "answers" else Packed(found.ids)
+
+
+def check_lessons(documents: Sequence[Document], template: Template | None, learn: Learn) -> None:
+    """Raise `SettingsError` when a template or answers are asked for of plain text."""
+    asked = f"template {template}" if template else "learn answers" if learn == "answers" else None
+    if asked and any(document.lesson is None for document in documents):
+        raise SettingsError(
+            f"{asked} of plain text",
+            "a source whose rows are instructions and answers",
+            "give such a source, or leave template and learn out",
+        )
 
 
 def text_blocks(
@@ -71,14 +111,37 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def _encoded(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
+def _shuffled(documents: Sequence[Document], seed: int) -> Iterator[Document]:
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    return (documents[i] for i in order)
+
+
+def _encoded(scripts: Iterator[list[Piece]], tokenizer: Any, *, ends: bool = False) -> Iterator[Encoded]:
+    """Each script with a separator behind it; not where it `ends` itself by one in its last piece."""
     end = separator(tokenizer)
-    for start in range(0, len(texts), _BATCH):
-        batch = tokenizer(texts[start : start + _BATCH], add_special_tokens=False, verbose=False)["input_ids"]
-        yield from (ids + end for ids in batch)
+    while batch := list(islice(scripts, _BATCH)):
+        texts = [text for script in batch for text, _ in script]
+        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        for script in batch:
+            parts = [(next(encoded), answer) for _, answer in script]
+            last, answer = parts[-1]
+            parts.append(([] if ends and set(end) & set(last) else end, answer))
+            yield [i for ids, _ in parts for i in ids], [answer for ids, answer in parts for _ in ids]
 
 
-def _cut(ids: list[int], block: int) -> Tensor:  # (n, block) int64
+def _pack(encoded: Iterable[Encoded], block: int, tokens: int | None) -> Packed:
+    wanted = None if tokens is None else max(tokens // block, 1) * block
+    stream: list[int] = []
+    answers: list[bool] = []
+    for ids, flags in encoded:
+        stream += ids
+        answers += flags
+        if wanted is not None and len(stream) >= wanted:
+            break
+    return Packed(_cut(stream[:wanted], block), _cut(answers[:wanted], block).bool())
+
+
+def _cut(ids: Sequence[int], block: int) -> Tensor:  # (n, block) int64
     count = len(ids) // block
     if count == 0:
         raise TextError(

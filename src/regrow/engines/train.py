@@ -2,8 +2,8 @@
 
 It knows nothing of any paper. A loss is a function of (model, batch); what it trains is every weight that requires a
 gradient, or the optimiser groups of an `Objective`. Steps follow from tokens, the order of the blocks from the seed.
-What this gives up: micro-batches weigh the same whatever their number of targets (packed blocks have equal numbers),
-weights that live outside the model, and one process on several devices (start it with `torchrun` or `accelerate`).
+What this gives up: weights that live outside the model, and one process on several devices (start it with `torchrun`
+or `accelerate`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as hf_logging
 
+from regrow.engines.packed import Packed, Stream, as_packed, learnt, order, share
 from regrow.engines.resume import fingerprint, mark_complete, newest, open_run, weights_fingerprint
 from regrow.engines.train_settings import FREE, TrainSettings, rate
-from regrow.errors import BrokenModel, SettingsError, TextError
+from regrow.errors import BrokenModel, SettingsError
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor | tuple[Tensor, dict[str, float]]]
-"""(model, batch) -> mean loss, () fp32, alone or with named parts to record. `batch["input_ids"]`: (b, T) int64."""
+"""(model, batch) -> mean loss, () fp32, alone or with named parts to record. `batch["input_ids"]`: (b, T) int64;
+`batch["learn"]`: (b, T) bool, which of them are learnt, where not all are."""
 Progress = Callable[[int, int, str], None]
 """(tokens done, tokens in all, note), called after every step."""
 
@@ -64,33 +67,29 @@ class TrainResult:
 def next_token(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the next token in nats, () fp32: the usual loss of a causal model.
 
-    `input_ids` (b, T) int64, no padding. Logits are brought to fp32 once and shifted by moving the targets.
+    `input_ids` (b, T) int64, no padding; 0 where none of them is learnt. Logits are brought to fp32 once and shifted by
+    moving the targets.
     """
-    ids = batch["input_ids"]
+    ids, mask = batch["input_ids"], learnt(batch)
     logits = model(input_ids=ids, use_cache=False).logits  # (b, T, V)
-    targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # (b, T) nothing follows the last
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def order(blocks: int, total: int, seed: int) -> Tensor:  # (total,) int64
-    """Which block is seen when: every block once in a random order, then again in another. Never depends on `total`."""
-    source = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(blocks, generator=source) for _ in range(math.ceil(total / blocks))]
-    return torch.cat(rounds)[:total]
+    following = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask, -100)
+    targets = F.pad(following, (0, 1), value=-100)  # (b, T) nothing follows the last
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return total / (targets >= 0).sum().clamp_min(1)
 
 
 def train(
     model: nn.Module,
-    blocks: Tensor,
+    blocks: Tensor | Packed,
     settings: TrainSettings,
     *,
     folder: Path,
     loss: Loss | Objective = next_token,
-    heldout: Tensor | None = None,
+    heldout: Tensor | Packed | None = None,
     resume: bool = True,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train `model` in place on `blocks` (n, T) int64 until `settings.tokens` tokens are seen.
+    """Train `model` in place on `blocks` (n, T) int64 until `settings.tokens` tokens are seen, learnt or not.
 
     `folder` receives `train.jsonl` and checkpoints. With `resume`, and given the model as it was at the start, it
     continues from the newest complete one, bit for bit as if nothing had happened; else those found there are deleted.
@@ -98,53 +97,40 @@ def train(
     The model stays on the device it was trained on, in the mode it came in.
 
     Raises `SettingsError` (nothing to train, batch and processes do not fit, `folder` holds another run), `TextError`
-    (no blocks), `BrokenModel` (loss not finite, or diverging; the last good checkpoint stays), `OutputError`.
+    (nothing to learn), `BrokenModel` (loss not finite, or diverging; the last good checkpoint stays), `OutputError`.
     """
     groups = _groups(model, settings, loss)
-    for text in (blocks,) if heldout is None else (blocks, heldout):
-        _check_blocks(text)
+    text, measured = as_packed(blocks), None if heldout is None else as_packed(heldout)
     goal = loss.loss if isinstance(loss, Objective) else loss
     began = time.perf_counter()
     with _as_it_was(model, settings.checkpointing):
-        arguments = _arguments(settings, settings.steps(blocks.shape[1]), folder, next(model.parameters()).device)
-        start = open_run(folder, _identity(model, blocks, settings, groups, goal), resume=resume)
-        trainer = _Loop(model, blocks, settings, goal, arguments)
-        trainer.groups, trainer.heldout = groups, heldout
+        arguments = _arguments(settings, settings.steps(text.ids.shape[1]), folder, next(model.parameters()).device)
+        start = open_run(folder, _identity(model, text, settings, groups, goal), resume=resume)
+        trainer = _Loop(model, text, settings, goal, arguments)
+        trainer.groups, trainer.heldout = groups, measured
         watch = _Watch(trainer, progress)
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-    tokens = trainer.state.global_step * settings.batch * blocks.shape[1]
+    tokens = trainer.state.global_step * settings.batch * trainer.block
     return TrainResult(
         trainer.state.global_step, tokens, tuple(watch.records), time.perf_counter() - began, watch.stopped
     )
-
-
-class _Stream(Dataset[dict[str, Tensor]]):
-    """All sequences of a run, in order."""
-
-    def __init__(self, blocks: Tensor, sequence: Tensor) -> None:
-        self.blocks, self.sequence = blocks, sequence.tolist()
-
-    def __len__(self) -> int:
-        return len(self.sequence)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks[self.sequence[index]].long()}  # (T,)
 
 
 class _Loop(Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with our loss, order of blocks, optimiser and schedule."""
 
     groups: list[dict[str, Any]]
-    heldout: Tensor | None = None
+    heldout: Packed | None = None
 
     def __init__(
-        self, model: nn.Module, blocks: Tensor, settings: TrainSettings, loss: Loss, arguments: TrainingArguments
+        self, model: nn.Module, text: Packed, settings: TrainSettings, loss: Loss, arguments: TrainingArguments
     ) -> None:
         self.settings, self.loss = settings, loss
-        self.block = int(blocks.shape[1])
+        self.block = int(text.ids.shape[1])
         self.sums: dict[str, Tensor | float] = {}  # means over one step, in the making
-        stream = _Stream(blocks, order(len(blocks), arguments.max_steps * settings.batch, settings.seed))
+        sequence = order(len(text.ids), arguments.max_steps * settings.batch, settings.seed)
+        stream = Stream(text, sequence, settings.batch)
         super().__init__(model, arguments, train_dataset=stream)
         self.remove_callback(PrinterCallback)
 
@@ -171,9 +157,31 @@ class _Loop(Trainer):  # type: ignore[misc]
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], **_: Any) -> Tensor:
         answer = self.loss(model, inputs)
         loss, parts = answer if isinstance(answer, tuple) else (answer, {})
-        for name, value in {**parts, "loss": loss.detach()}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value / self.args.gradient_accumulation_steps
-        return loss
+        counts = share(inputs)
+        values: dict[str, Tensor | float] = {**parts, "loss": loss.detach()}
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + counts * value / self.args.gradient_accumulation_steps
+        return counts * loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Under the names that weights have in memory; some formats have others, which are not read back."""
+        model: Any = self.model
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__dict__.pop("save_pretrained", None)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises `BrokenModel` when a checkpoint lacks weights; tied ones are stored once."""
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        if lost := sorted(set(load_result.missing_keys) - tied):
+            raise BrokenModel(
+                f"a checkpoint without {len(lost)} of the model's weights, such as {lost[0]}",
+                "every weight that is trained",
+                "start the training anew, and report it",
+            )
 
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:  # noqa: ARG002
         return 0  # counting them walks every parameter in every pass; costs are counted from shapes
@@ -186,14 +194,17 @@ class _Loop(Trainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """Mean loss over the held-out blocks, without dropout."""
+        """Mean loss over what is learnt of the held-out blocks, without dropout."""
         assert self.heldout is not None
-        model, total = self.model_wrapped.eval(), 0.0
-        for rows in torch.split(self.heldout, self.settings.micro_batch):
-            answer = self.loss(model, {"input_ids": rows.to(self.args.device).long()})
-            total += float(answer[0] if isinstance(answer, tuple) else answer) * len(rows)
+        model, total, size = self.model_wrapped.eval(), 0.0, self.settings.micro_batch
+        targets = self.heldout.targets()  # (n,)
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            batch = {name: value.to(self.args.device) for name, value in self.heldout.batch(rows).items()}
+            answer = self.loss(model, batch)
+            total += float(answer[0] if isinstance(answer, tuple) else answer) * int(targets[rows].sum())
         model.train()
-        return total / len(self.heldout)
+        return total / int(targets.sum())
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -342,22 +353,14 @@ def _groups(model: nn.Module, settings: TrainSettings, loss: Loss | Objective) -
     )
 
 
-def _check_blocks(blocks: Tensor) -> None:
-    if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
-        raise TextError(
-            f"blocks of shape {tuple(blocks.shape)}",
-            "(n, T) with n >= 1, T >= 2",
-            "give more text to train on",
-        )
-
-
 def _identity(
-    model: nn.Module, blocks: Tensor, settings: TrainSettings, groups: list[dict[str, Any]], loss: object
+    model: nn.Module, text: Packed, settings: TrainSettings, groups: list[dict[str, Any]], loss: object
 ) -> dict[str, Any]:
     """What decides where a run ends."""
     return {
         **{name: value for name, value in asdict(settings).items() if name not in FREE},
-        "blocks": fingerprint(blocks),
+        "blocks": fingerprint(text.ids),
+        "learnt": None if text.learn is None else fingerprint(text.learn),
         "weights": weights_fingerprint(model),
         "trained weights": sum(p.numel() for group in groups for p in group["params"]),
         "loss": getattr(loss, "__name__", type(loss).__name__),

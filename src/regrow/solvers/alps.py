@@ -8,7 +8,6 @@ import torch
 
 from regrow.artifacts.least_squares import conjugate_gradients
 from regrow.artifacts.linear import Linear, Sparse, solver
-from regrow.artifacts.mask import lowest
 
 EVERY = 3  # steps between two looks at the mask
 EARLY, SETTLED = 30, 3e-4  # after so many steps, stop when no more than this share of the mask moved
@@ -28,11 +27,11 @@ def alps(
     target = task.weight * scale  # (m, n)
     pull = ((target @ vectors) * values) @ vectors.T  # target times the scaled Gram matrix
     split, dual, grown = target, torch.zeros_like(target), False
-    gone = before = lowest(split.abs(), task.pattern, "matrix")
+    gone = before = task.lowest(split.abs(), "matrix")
     for step in range(1, steps + 1):
         weight = (((pull - dual + penalty * split) @ vectors) / (values + penalty)) @ vectors.T
         aim = weight + dual / penalty
-        gone = lowest(aim.abs(), task.pattern, "matrix")
+        gone = task.lowest(aim.abs(), "matrix")
         split = aim.masked_fill(gone, 0)
         dual = dual + penalty * (weight - split)
         if step % EVERY:

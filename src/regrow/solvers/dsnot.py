@@ -20,14 +20,15 @@ def dsnot(task: Linear, start: Sparse, cycles: int = 50, threshold: float = 0.1,
     worth = share / task.inputs.variance.clamp_min(tiny).pow(power)
     gone, rows = start.gone.clone(), torch.arange(len(share), device=share.device)
     error = (share * gone).sum(1)  # (m,) mean output that is missing
-    grow = _orders(torch.stack([worth, -worth]), start.gone.expand(2, -1, -1))  # for an error above, below zero
+    away = start.gone if task.empty is None else start.gone & ~task.empty  # (m, n) what may return
+    grow = _orders(torch.stack([worth, -worth]), away.expand(2, -1, -1))  # for an error above, below zero
     signed = torch.stack([share < 0, share > 0]) & ~start.gone  # (2, m, n) what lowers an error above, raises one below
     prune = _orders(-task.scores.expand(2, -1, -1), signed)
     grown, pruned = torch.zeros(2, len(rows)).to(rows), torch.zeros(2, len(rows)).to(rows)  # pointers into the orders
     going = torch.ones_like(rows, dtype=torch.bool)
     for _ in range(cycles):
         side = (error <= 0).long()
-        going = going & (error.abs() > threshold) & (grown.sum(0) < start.gone.sum(1))
+        going = going & (error.abs() > threshold) & (grown.sum(0) < away.sum(1))
         back = grow[side, rows, grown[side, rows].clamp_max(share.shape[1] - 1)]  # (m,) column that would return
         if task.pattern.of:
             out, valid = _cheapest_of_group(task, start.gone, gone, back)

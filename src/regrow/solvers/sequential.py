@@ -18,7 +18,7 @@ from regrow.artifacts.pattern import Pattern
 
 RUN = 8  # columns taken together where the mask is known
 TABLE = 256  # subsets of a group that are prepared in advance, at most
-ROWS = 256  # rows whose joint removals are solved together
+ROWS = 64  # rows whose joint removals are solved together
 
 Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weights (m, b), gone (m, b), errors (m, b)
 
@@ -40,6 +40,7 @@ def _sweep(task: Linear, start: Sparse, *, joint: bool, hold: bool) -> Sparse:
     assert task.curvature is not None
     factor, pattern = task.curvature.factor, task.pattern  # (n, n) upper
     weight, gone = task.weight.clone(), start.gone.clone()
+    empty = torch.zeros_like(gone) if task.empty is None else task.empty  # (m, n)
     rows, columns = weight.shape
     width = pattern.of * max(1, BLOCK // pattern.of) if pattern.of else BLOCK
     rescore = None if hold else task.rescore
@@ -51,13 +52,14 @@ def _sweep(task: Linear, start: Sparse, *, joint: bool, hold: bool) -> Sparse:
         if pattern.of and (rescore is not None or tries):
             score = None if rescore is None else (lambda w, at, a=a: rescore(w, slice(a + at, a + at + w.shape[1])))
             whole = part.clone()
-            part, gone[:, here], error = _by_groups(part, own, pattern, score, joint)
+            part, gone[:, here], error = _by_groups(part, own, pattern, score, joint, empty[:, here])
             if joint:  # the masks of the block are known now: remove them together, which is better still
                 part, error = _at_once(whole, gone[:, here], own)
         else:
             if rescore is not None:
                 count = pattern.count(rows * b) - pattern.count(rows * a)
                 gone[:, here] = lowest_of_rows(rescore(part, here).reshape(1, -1), count).view_as(part)
+                gone[:, here] |= empty[:, here]
             part, error = (_at_once if joint else _in_turn)(part, gone[:, here], own)
         weight[:, here] = part
         weight[:, b:] -= error @ factor[here, b:]
@@ -114,8 +116,10 @@ def _by_groups(
     pattern: Pattern,
     score: Callable[[torch.Tensor, int], torch.Tensor] | None,
     joint: bool,
+    empty: torch.Tensor,  # (m, b) bool
 ) -> Chosen:
-    """N:M with the mask chosen on the way, group by group: by scores, or by the exact joint loss of every subset."""
+    """N:M with the mask chosen on the way, group by group: by scores, or by the exact joint loss of every subset of
+    those that take as much of what is empty as they can."""
     size, out = pattern.of, pattern.of - pattern.keep
     starts = range(0, part.shape[1], size)
     gone, error = torch.zeros_like(part, dtype=torch.bool), torch.zeros_like(part)
@@ -124,7 +128,7 @@ def _by_groups(
         assert score is not None
         for g, a in enumerate(starts):
             here = slice(a, a + size)
-            gone[:, here] = lowest_of_groups(score(part[:, here], a), pattern)
+            gone[:, here] = lowest_of_groups(score(part[:, here], a), pattern) | empty[:, here]
             part[:, here], error[:, here] = (_at_once if joint else _in_turn)(part[:, here], gone[:, here], blocks[g])
             part[:, a + size :] -= error[:, here] @ own[here, a + size :]
         return part, gone, error
@@ -141,9 +145,11 @@ def _by_groups(
         else:
             assert score is not None
             cost = score(w, a) @ subsets.to(w).T
+        taken = empty[:, here].to(w) @ subsets.to(w).T  # (m, S)
+        cost = cost.masked_fill(taken < taken.amax(1, keepdim=True), torch.inf)
         pick = cost.argmin(1)  # of equals the first, whose columns are lower
         error[:, here] = (w @ turns[g]).view(len(w), -1, size)[every, pick]
-        gone[:, here] = subsets[pick]
+        gone[:, here] = subsets[pick] | empty[:, here]
         part[:, a:] -= error[:, here] @ own[here, a:]
     return part.masked_fill(gone, 0), gone, error
 

@@ -1,70 +1,117 @@
 """Stage recover: a short training puts back some of what the cut took; weights end rounded to the storage type.
 
 The goal is the text's next token, or a teacher's predictions. Of a sparse model every zero stays, except under plain
-LoRA, which says so. What this gives up: training that moves the zeros about.
+LoRA, which says so, and AST, which moves them and says how many. What this gives up: a mixture of
+both goals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from regrow.artifacts.goal import DIVERGENCES
-from regrow.engines import checkpoint, masks
-from regrow.engines.adapters import add_adapters, merge
+from regrow.engines import checkpoint, masks, moving_masks
+from regrow.engines.adapters import add_adapters, merge, moved
 from regrow.engines.bind import Subject
 from regrow.engines.distil import FromTeacher, check_teacher
+from regrow.engines.packed import Packed, as_packed
 from regrow.engines.train import Loss, TrainResult, next_token, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.settings import Recover
 
 Progress = Callable[[int, int, str], None]
 
-FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them"
+FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them, ast moves them"
+WHOLE = ("full", "ast")  # methods that train all weights
+FEW = 0.01  # of the weights under adapters; fewer that change were hardly worth the training
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """How the training went, and what a reader of the model must know of it."""
+
+    training: TrainResult
+    notes: tuple[str, ...] = ()
 
 
 def recover(
     subject: Subject,
-    blocks: Tensor,
+    blocks: Tensor | Packed,
     settings: Recover,
     *,
     folder: Path,
     seed: int,
     teacher: Subject | None = None,
-    heldout: Tensor | None = None,
+    heldout: Tensor | Packed | None = None,
     progress: Progress | None = None,
-) -> TrainResult:
-    """Train `subject.model` on `blocks` (n, T): all weights, or adapters that are merged afterwards.
+) -> Recovered:
+    """Train `subject.model` on `blocks` (n, T) int64: all weights, or adapters that are merged afterwards.
 
     `folder` holds checkpoints: an interrupted recovery goes on where it stopped. Raises `IdentityError` when a zero of
-    a sparse model was filled by a method that keeps them.
+    a sparse model was filled by a method that keeps them, and `SettingsError` when there is none for `ast` to move.
     """
     model: Any = subject.model
     device, dtype = model.device, model.dtype
     goal: Loss = next_token
     if teacher is not None:
-        check_teacher(model, teacher.model, subject.tokenizer, teacher.tokenizer)
+        check_teacher(model.config, teacher.model.config, subject.tokenizer, teacher.tokenizer)
         goal = FromTeacher(teacher.model, DIVERGENCES.get(settings.loss))
-    empty = masks.masks_of(model, subject.anatomy)
-    adapted = settings.method != "full"
+    empty, numbers = masks.masks_of(model, subject.anatomy), as_train(settings, seed)
+    text = as_packed(blocks)
+    zeros = _while_training(model, empty, settings.method, numbers.steps(text.ids.shape[1]))
+    adapted = settings.method not in WHOLE
     if adapted:
         kind = settings.method.removesuffix("-masked")
         model = add_adapters(model, kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed)
-    with masks.held(model, None if adapted else empty):
-        result = train(
-            model, blocks, as_train(settings, seed), folder=folder, loss=goal, heldout=heldout, progress=progress
-        )
+    with zeros:
+        result = train(model, text, numbers, folder=folder, loss=goal, heldout=heldout, progress=progress)
+    notes = _little(moved(model, subject.store), subject) if adapted else ()
     subject.model = merge(model) if adapted else model.eval()
-    if empty is not None and settings.method != "lora":
-        if settings.method != "lora-masked":
-            masks.check_kept(subject.model, empty)
-        masks.put_back(subject.model, empty)
+    if empty is not None:
+        _settle(subject.model, empty, settings.method)
     checkpoint.round_to(subject.model, subject.store)
     subject.model.to(device=device, dtype=dtype)  # the trainer moves models, and adapters are merged in fp32
-    return result
+    if settings.method == "ast" and empty is not None:
+        notes = _elsewhere(subject.model, empty)
+    return Recovered(result, notes)
+
+
+def _while_training(model: Any, empty: masks.Masks | None, method: str, steps: int) -> AbstractContextManager[None]:
+    """What becomes of the zeros meanwhile. Adapters leave the weights alone until they are merged."""
+    if method == "ast":
+        return moving_masks.moving(model, moving_masks.needed(empty), steps)
+    return masks.held(model, empty if method in WHOLE else None)
+
+
+def _settle(model: Any, empty: masks.Masks, method: str) -> None:
+    """Prove of the zeros what the method promises. Raises `IdentityError`."""
+    if method == "ast":
+        moving_masks.check_counts(model, empty)
+    elif method != "lora":
+        if method != "lora-masked":
+            masks.check_kept(model, empty)
+        masks.put_back(model, empty)
+
+
+def _elsewhere(model: Any, empty: masks.Masks) -> tuple[str, ...]:
+    """A note on how many zeros have moved."""
+    gone, zeros = sum(masks.lost(model, empty).values()), sum(int(mask.sum()) for mask in empty.values())
+    return (f"{100 * gone / zeros:.1f} % of the zeros lie elsewhere now",)
+
+
+def _little(share: float, subject: Subject) -> tuple[str, ...]:
+    """A note when rounding took nearly all that adapters had learnt."""
+    if share >= FEW:
+        return ()
+    bits = 8 * subject.store.itemsize
+    what = f"only {100 * share:.2g} % of the weights under adapters changed after rounding to {bits} bits"
+    return (f"{what}: raise learning_rate or tokens",)
 
 
 def warning(subject: Subject, settings: Recover) -> str | None:
@@ -75,6 +122,7 @@ def warning(subject: Subject, settings: Recover) -> str | None:
 
 def as_train(settings: Recover, seed: int) -> TrainSettings:
     """The training loop's settings behind a recipe's `recover`. Raises `SettingsError`."""
+    assert settings.learning_rate is not None  # the method's own where none was named
     return TrainSettings(
         tokens=settings.tokens,
         learning_rate=settings.learning_rate,

@@ -18,6 +18,7 @@ from regrow.artifacts.sparsity import SPARSE, Sparsity
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA, WeightCriterion
 from regrow.engines import checkpoint, zeros
 from regrow.engines.bind import Subject
+from regrow.engines.readings import Readings
 from regrow.engines.sparsify import Method, Pruned, layer_values, left_out, sparsify
 from regrow.engines.trace import traces
 from regrow.errors import SettingsError, UnknownName
@@ -71,8 +72,21 @@ def choose(settings: Sparsify) -> Method:
             )
     for solver in solvers:
         _check_values(solver, settings.options)
+    if settings.keep_statistics and settings.inputs != "dense":
+        raise SettingsError(
+            f"keep_statistics with inputs = {settings.inputs}",
+            "inputs = dense: what a block reads behind pruned ones holds for one pattern only",
+            "read dense inputs, or keep no statistics",
+        )
     chosen = tuple((s, {k: v for k, v in settings.options.items() if k in s.options}) for s in solvers)
-    return Method(criterion, chosen, settings.damping, settings.inputs, settings.existing == "keep")
+    return Method(
+        criterion,
+        chosen,
+        damping=settings.damping,
+        inputs=settings.inputs,
+        mend=settings.mend,
+        keep_zeros=settings.existing == "keep",
+    )
 
 
 def _check_values(solver: Solver, options: Mapping[str, Any]) -> None:
@@ -104,6 +118,12 @@ def reads_text(settings: Sparsify) -> bool:
     return choose(settings).sees != "nothing" or ZERO_SPREADS.get(settings.spread).sees != "nothing"
 
 
+def reads_kept(settings: Sparsify, kept: Readings) -> bool:
+    """Whether `kept` spares the calibration."""
+    method = choose(settings)
+    return method.sees != "nothing" and kept.holds(method.sees, method.criterion.sees == "routed")
+
+
 def check(subject: Subject, settings: Sparsify) -> Pattern:
     """Refuse now what would fail later: a pattern that does not divide, names of nothing, a model sparse already."""
     pattern = Pattern.parse(settings.pattern)
@@ -132,13 +152,23 @@ def check(subject: Subject, settings: Sparsify) -> Pattern:
 
 
 def apply(
-    subject: Subject, settings: Sparsify, blocks: Tensor | None, *, seed: int, progress: Progress | None = None
+    subject: Subject,
+    settings: Sparsify,
+    blocks: Tensor | None,
+    *,
+    seed: int,
+    kept: Readings | None = None,
+    progress: Progress | None = None,
 ) -> Sparsified:
-    """Make `subject.model` sparse in place; weights end rounded to the storage type. `blocks` (n, T) int64."""
+    """Make `subject.model` sparse in place; weights end rounded to the storage type. `blocks` (n, T) int64.
+
+    `kept` holds readings of dense inputs, or will; it is for this model and these blocks.
+    """
     asked, method = check(subject, settings), choose(settings)
-    patterns = spread(subject, settings, asked, blocks, seed=seed, progress=progress)
+    patterns = spread(subject, settings, asked, blocks, seed=seed, kept=kept, progress=progress)
     say = None if progress is None else lambda done, total: progress("sparsify", done, total)
-    done = sparsify(subject.model, subject.anatomy, blocks, method, patterns, leave=settings.leave, progress=say)
+    model, anatomy = subject.model, subject.anatomy
+    done = sparsify(model, anatomy, blocks, method, patterns, leave=settings.leave, kept=kept, progress=say)
     checkpoint.round_to(subject.model, subject.store)
     found = zeros.of_model(subject.model, subject.anatomy)
     notes = [f"{m.name}: {m.note}" for m in done if m.note]
@@ -152,7 +182,8 @@ def spread(
     blocks: Tensor | None,
     *,
     seed: int,
-    progress: Progress | None,
+    kept: Readings | None = None,
+    progress: Progress | None = None,
 ) -> list[Pattern]:
     """A pattern for each layer."""
     how = ZERO_SPREADS.get(settings.spread)
@@ -165,8 +196,10 @@ def spread(
         values = traces(subject.model, subject.anatomy, blocks, seed=seed, progress=say)
     else:
         assert blocks is not None
-        values = layer_values(subject.model, subject.anatomy, blocks, how.measure, leave=settings.leave, progress=say)
-    return share(asked, how.offsets(values), sizes, how)
+        values = layer_values(
+            subject.model, subject.anatomy, blocks, how.measure, leave=settings.leave, kept=kept, progress=say
+        )
+    return share(asked, values, sizes, how)
 
 
 def layer_sizes(subject: Subject, settings: Sparsify) -> list[int]:
