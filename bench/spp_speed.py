@@ -78,7 +78,7 @@ def pass_through(model: Any, stream: torch.Tensor, calls: list[Any]) -> None:
     end = start
     for layer, call in zip(base.model.layers, calls, strict=True):
         end = run_layer(layer, end, *call)
-    end.square().mean().backward()
+    torch.autograd.backward(end.square().mean())
     for parameter in model.parameters():
         parameter.grad = None
 

@@ -73,28 +73,30 @@ def _in_turn(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple
     runs = (width + pad) // RUN
     wide = torch.nn.functional.pad(own, (0, pad, 0, pad))
     blocks = torch.stack([wide[i : i + RUN, i : i + RUN] for i in range(0, width + pad, RUN)])  # (r, RUN, RUN)
-    turns = _turns(torch.nn.functional.pad(gone, (0, pad)).view(rows, runs, RUN), blocks)  # (m, r, RUN, RUN)
+    powers = 1 << torch.arange(RUN, device=gone.device)
+    sets = torch.arange(2**RUN, device=gone.device)[:, None] & powers > 0  # (2^RUN, RUN) bit j stands for column j
+    turns = _turns(sets, blocks)  # (r, 2^RUN, RUN, RUN)
+    which = (torch.nn.functional.pad(gone, (0, pad)).view(rows, runs, RUN) * powers).sum(2)  # (m, r)
     error = torch.zeros_like(part)
     for run in range(runs):
         a, b = run * RUN, min((run + 1) * RUN, width)
         what = (part[:, a:b] * gone[:, a:b]).unsqueeze(1)  # (m, 1, <= RUN)
-        error[:, a:b] = torch.bmm(what, turns[:, run, : b - a, : b - a]).squeeze(1)
+        error[:, a:b] = torch.bmm(what, turns[run, which[:, run], : b - a, : b - a]).squeeze(1)
         part[:, a:] -= error[:, a:b] @ own[a:b, a:]
     return part.masked_fill(gone, 0), error
 
 
-def _turns(gone: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:  # (..., r, c) bool, (r, c, c) -> (..., r, c, c)
-    """T with e = (w * gone) T: errors e_j = (w_j - sum_{i<j} e_i U_ij) / U_jj where gone, by forward substitution."""
-    width = blocks.shape[-1]
-    turns = torch.zeros(*gone.shape, width, dtype=blocks.dtype, device=blocks.device)
+def _turns(sets: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:  # (S, c) bool, (r, c, c) -> (r, S, c, c)
+    """T with e = (w * gone) T for each set of columns that may be gone, and each block of U.
+
+    Errors e_j = (w_j - sum_{i<j} e_i U_ij) / U_jj where gone, by forward substitution.
+    """
+    runs, width, _ = blocks.shape
+    turns = torch.eye(width, dtype=blocks.dtype, device=blocks.device).repeat(runs, len(sets), 1, 1)
     for j in range(width):
-        at = gone[..., j]  # (..., r)
-        column = torch.zeros(*gone.shape, dtype=blocks.dtype, device=blocks.device)
-        column[..., j] = 1
-        if j:
-            column -= (turns[..., :j] * blocks[:, None, :j, j]).sum(-1)
-        unit = torch.nn.functional.one_hot(torch.tensor(j), width).to(column)
-        turns[..., j] = torch.where(at[..., None], column / blocks[:, j, j, None], unit)
+        done = torch.einsum("rsci,ri->rsc", turns[..., :j], blocks[:, :j, j])
+        found = (turns[..., j] - done) / blocks[:, j, j, None, None]  # (r, S, c)
+        turns[..., j] = torch.where(sets[:, j, None], found, turns[..., j])
     return turns
 
 
@@ -156,17 +158,15 @@ def _by_groups(
 
 def _tables(subsets: torch.Tensor, blocks: torch.Tensor, joint: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """For every group and subset: the matrix of the joint loss, and that of the errors; (g, M, S * M) each."""
-    groups, size = len(blocks), blocks.shape[-1]
 
-    def flat(table: torch.Tensor) -> torch.Tensor:  # (S, g, M, M) -> (g, M, S * M)
-        return table.permute(1, 2, 0, 3).reshape(groups, size, -1)
+    def flat(table: torch.Tensor) -> torch.Tensor:  # (g, S, M, M) -> (g, M, S * M)
+        return table.transpose(1, 2).flatten(2)
 
-    chosen = subsets[:, None, :].expand(-1, groups, -1)  # (S, g, M)
     if not joint:
-        turns = _turns(chosen, blocks) * chosen[..., None]
-        return turns, flat(turns)
-    both = chosen[..., :, None] & chosen[..., None, :]  # (S, g, M, M)
-    inverse = blocks.transpose(1, 2) @ blocks  # (g, M, M)
-    eye = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
-    loss = torch.linalg.inv(torch.where(both, inverse, eye)) * both
-    return flat(loss), flat(loss @ blocks.transpose(1, 2))
+        turns = flat(_turns(subsets, blocks) * subsets[..., None])
+        return turns, turns
+    both = subsets[:, :, None] & subsets[:, None, :]  # (S, M, M)
+    inverse = (blocks.transpose(1, 2) @ blocks)[:, None]  # (g, 1, M, M)
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    loss = torch.linalg.inv(torch.where(both, inverse, eye)) * both  # (g, S, M, M)
+    return flat(loss), flat(loss @ blocks.transpose(1, 2)[:, None])
