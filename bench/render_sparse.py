@@ -48,9 +48,9 @@ def quality(data: dict[str, Any]) -> str:
     about = (
         f"Perplexity without training; dense {data['rows']['dense']['perplexity']:.2f}. Calibration: "
         f"{settings['tokens']:,} tokens of {settings['text']} text in blocks of {settings['block']}; evaluation: "
-        "WikiText-2 test, first 20,480 tokens, blocks of 2048. Mean ± standard deviation over calibration seeds (their number where "
-        "fewer than 3). In brackets: how far below SparseGPT on the same seeds. `plain` are the published loops, written "
-        "from their specification in `bench/plain.py`.\n\n"
+        "WikiText-2 test, first 20,480 tokens, blocks of 2048. Mean ± standard deviation over calibration seeds "
+        "(their number where fewer than 3). In brackets: how far below SparseGPT on the same seeds. `plain` are the "
+        "published loops, written from their specification in `bench/plain.py`.\n\n"
     )
     return about + table(["method", *PATTERNS], body)
 
@@ -64,7 +64,7 @@ def speed(data: dict[str, Any]) -> str:
     settings = data["settings"]
     about = (
         f"{settings['tokens']:,} tokens in blocks of {settings['block']}, the first {settings['layers']} blocks of the "
-        f"model, {settings['repeats']} turns. `passes` are the two forward passes through every block that it needs.\n\n"
+        f"model, {settings['repeats']} turns. `passes` are the two forward passes that every block needs.\n\n"
     )
     return about + table(["ratio of times", "median", "mean ± std"], rows)
 
@@ -118,8 +118,8 @@ def recovery(data: dict[str, Any]) -> str:
                 )
     head = ["start, method", "rate", "trained numbers", "tokens", "perplexity", "gap closed", "weights changed"]
     about = (
-        f"Dense {dense:.2f}. One run each, seed 0; every zero kept, checked at every mark. Rates were chosen on held-out "
-        "demo text after 50k tokens; the evaluation text was not looked at before.\n\n"
+        f"Dense {dense:.2f}. One run each, seed 0; every zero kept, checked at every mark. Rates were chosen on "
+        "held-out demo text after 50k tokens; the evaluation text was not looked at before.\n\n"
     )
     trials = [
         [

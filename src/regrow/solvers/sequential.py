@@ -62,7 +62,7 @@ def _sweep(task: Linear, start: Sparse, *, joint: bool, hold: bool) -> Sparse:
                 gone[:, here] |= empty[:, here]
             part, error = (_at_once if joint else _in_turn)(part, gone[:, here], own)
         weight[:, here] = part
-        weight[:, b:] -= error @ factor[here, b:]
+        weight[:, b:].addmm_(error, factor[here, b:], alpha=-1)
     return Sparse(weight, gone)
 
 
@@ -82,7 +82,7 @@ def _in_turn(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple
         a, b = run * RUN, min((run + 1) * RUN, width)
         what = (part[:, a:b] * gone[:, a:b]).unsqueeze(1)  # (m, 1, <= RUN)
         error[:, a:b] = torch.bmm(what, turns[run, which[:, run], : b - a, : b - a]).squeeze(1)
-        part[:, a:] -= error[:, a:b] @ own[a:b, a:]
+        part[:, a:].addmm_(error[:, a:b], own[a:b, a:], alpha=-1)
     return part.masked_fill(gone, 0), error
 
 
