@@ -1,4 +1,4 @@
-"""Many cuts of one model in memory: the intact tensors are kept by reference and put back after each cut."""
+"""Many cuts of one model in memory: the intact tensors are kept, and put back after each cut."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ def cut(subject: Subject, plan: Plan) -> Iterator[Any]:
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = intact[name]
+
+
+@contextmanager
+def restoring(model: Any) -> Iterator[None]:
+    """Whatever is written into the weights meanwhile, they are as before afterwards."""
+    intact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(intact[name])
 
 
 def unshare(small: Any, intact: dict[str, torch.Tensor]) -> None:

@@ -17,13 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import plain
-from cutting import calibration
+from cutting import calibration, restoring
 from ledger import Ledger
 from regrow.artifacts.pattern import Pattern
-from regrow.engines.bind import Subject
 from regrow.engines.checkpoint import round_to
 from regrow.engines.perplexity import block_losses
 from regrow.engines.tokens import text_blocks
@@ -44,7 +41,7 @@ OURS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("isc", {"criterion": "isc"}),
     ("dsnot", {"criterion": "dsnot"}),
 )
-FIRST = ("magnitude", "wanda", "sparsegpt")
+FIRST = ("magnitude", "wanda", "sparsegpt", "alps, both")
 PATTERNS = ("50%", "2:4", "75%", "2:8")
 STILL = ("magnitude",)  # reads no text: one seed is all
 
@@ -65,28 +62,26 @@ def main() -> None:
     )
     subject = load("demo")
     ids = text_blocks(text, subject.tokenizer, seqlen=2048, max_tokens=20480)
-    intact = {name: parameter.detach().clone() for name, parameter in subject.model.named_parameters()}
 
     def row(seed: int, pattern: str, settings: dict[str, Any] | str) -> dict[str, Any]:
-        restore(subject, intact)
-        blocks = calibration(subject, tokens=TOKENS, block=BLOCK, seed=seed)
-        began = time.perf_counter()
-        if isinstance(settings, str):
-            wanted = Pattern.parse(pattern)
-            plain.run(subject.model, blocks, settings, float(wanted.zeros), wanted.keep, wanted.of)
-            round_to(subject.model, subject.store)
-        else:
-            sparsify.apply(subject, Sparsify(pattern=pattern, **settings), blocks, seed=seed)
-        seconds = time.perf_counter() - began
-        perplexity = math.exp(block_losses(subject.model, ids).mean())
-        found = of_model(subject.model, subject.anatomy)
-        return {
-            "perplexity": perplexity,
-            "seed": seed,
-            "zeros": found.share,
-            "groups": found.groups,
-            "seconds": seconds,
-        }
+        with restoring(subject.model):
+            read = calibration(subject, tokens=TOKENS, block=BLOCK, seed=seed)
+            began = time.perf_counter()
+            if isinstance(settings, str):
+                wanted = Pattern.parse(pattern)
+                plain.run(subject.model, read, settings, float(wanted.zeros), wanted.keep, wanted.of)
+                round_to(subject.model, subject.store)
+            else:
+                sparsify.apply(subject, Sparsify(pattern=pattern, **settings), read, seed=seed)
+            seconds = time.perf_counter() - began
+            found = of_model(subject.model, subject.anatomy)
+            return {
+                "perplexity": math.exp(block_losses(subject.model, ids).mean()),
+                "seed": seed,
+                "zeros": found.share,
+                "groups": found.groups,
+                "seconds": seconds,
+            }
 
     ledger.row("dense", lambda: {"perplexity": math.exp(block_losses(subject.model, ids).mean())})
     for key, task in list(rows(row))[mine - 1 :: shares]:
@@ -106,12 +101,6 @@ def rows(row: Any) -> list[tuple[str, Any]]:
                     if not (name in STILL and seed):
                         found.append((f"plain {name} {pattern} seed {seed}", partial(row, seed, pattern, name)))
     return list(dict(found).items())
-
-
-@torch.no_grad()
-def restore(subject: Subject, intact: dict[str, torch.Tensor]) -> None:
-    for name, parameter in subject.model.named_parameters():
-        parameter.copy_(intact[name])
 
 
 if __name__ == "__main__":
