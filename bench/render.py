@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import render_sparse
-from render_sparse import table
+from render_sparse import spread_of, table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -97,15 +97,6 @@ def distance(first: list[float], second: list[float]) -> str:
         return "-"
     variances = [statistics.variance(values) for values in (first, second) if len(values) > 1]
     return f"{(statistics.fmean(first) - statistics.fmean(second)) / math.sqrt(sum(variances)):.1f}"
-
-
-def spread_of(values: list[float]) -> str:
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.1f} (1)"
-    note = "" if len(values) >= 3 else f" ({len(values)})"
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}{note}"
 
 
 def outliers(data: dict[str, Any]) -> str:

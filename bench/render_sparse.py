@@ -17,7 +17,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread_of(values: list[float], digits: int = 1) -> str:
     """Mean and standard deviation; of fewer than three values, how many there are."""
     if not values:
         return "-"
@@ -42,7 +42,7 @@ def quality(data: dict[str, Any]) -> str:
             ours, base = found.get((name, pattern), {}), found.get(("sparsegpt", pattern), {})
             gains = [100 * (1 - ours[seed] / base[seed]) for seed in ours if seed in base]
             shown = f" ({statistics.fmean(gains):+.1f} %)" if gains and name != "sparsegpt" else ""
-            cells.append(spread(list(ours.values())) + shown)
+            cells.append(spread_of(list(ours.values())) + shown)
         body.append([name, *cells])
     settings = data["settings"]["calibration"]
     about = (
