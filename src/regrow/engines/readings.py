@@ -1,7 +1,7 @@
 """What the blocks of a dense model read, kept on disk: another ratio, pattern or solver on the same text runs no block.
 
 Only a pass over dense inputs can be kept; behind pruned blocks every method reads something else. One file a block,
-half of each Gram matrix. What this gives up: disk, four bytes for every two inputs of a Gram matrix squared.
+half of each Gram matrix. What this gives up: disk, four bytes for every pair of inputs that a linear reads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -35,11 +36,11 @@ class Readings:
         """Whether every block's readings are there."""
         return self._kind(sees, routed) is not None
 
-    def load(self, layer: int, sees: str, routed: bool) -> dict[str, Reading]:
-        """The readings of a block by site; linears with one input share one object."""
+    def load(self, layer: int, sees: str, routed: bool, device: torch.device) -> dict[str, Reading]:
+        """The readings of a block by site, on `device`; linears with one input share one object."""
         kind = self._kind(sees, routed)
         assert kind is not None
-        with safe_open(self._path(layer, kind), "pt") as file:
+        with safe_open(self._path(layer, kind), "pt", device=str(device)) as file:
             leaders: dict[str, str] = file.metadata()
             names = {leader: [k for k in file.keys() if k.startswith(f"{leader}:")] for leader in leaders.values()}  # noqa: SIM118
             found = {

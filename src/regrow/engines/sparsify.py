@@ -100,7 +100,7 @@ def sparsify(
     stream, calls = (None, []) if blocks is None or not read or ready else _enter(model, layers, blocks)
     dense = stream.clone() if stream is not None and method.inputs == "both" else None
     for i, layer in enumerate(layers):
-        readings = {} if ready is None else ready.load(i, method.sees, routed)
+        readings = {} if ready is None else ready.load(i, method.sees, routed, model.device)
         if stream is not None:
             with Observer(layer, method.sees, routed) as observer:
                 _read(layer, stream, dense, calls[i], observer, keep=method.inputs == "dense")
@@ -139,7 +139,7 @@ def layer_values(
     stream, calls = (None, []) if ready else _enter(model, layers, blocks)
     found = []
     for i, layer in enumerate(layers):
-        readings = {} if ready is None else ready.load(i, "inputs", False)
+        readings = {} if ready is None else ready.load(i, "inputs", False, model.device)
         if stream is not None:
             with Observer(layer, "inputs") as observer:
                 _read(layer, stream, None, calls[i], observer, keep=True)
