@@ -1,4 +1,4 @@
-"""The published loops of Wanda, SparseGPT and DSnoT, written plainly from their specification, to be compared with.
+"""The published loops of Wanda and SparseGPT, and SPP's lean forward, written plainly, to be compared with.
 
 One linear at a time, statistics for each, one Python step a column: what `regrow sparsify` must match and beat. Not
 part of the package; nothing here is tuned. N:M counts kept weights, as everywhere in regrow.
@@ -98,6 +98,15 @@ def sparsegpt(weight: Tensor, seen: Statistics | None, share: float, keep: int, 
         weight[:, a:b] = result
         weight[:, b:] -= errors @ inverse[a:b, b:]
     return weight
+
+
+def lean(
+    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
+) -> Tensor:
+    """SPP's memory-lean forward, left to autograd: 8 m n T operations, and a stream of width m is kept."""
+    runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
+    added = scale * beta * torch.cat([nn.functional.linear(dropped * a, w) for a, w in runs], -1)
+    return nn.functional.linear(x, weight, bias) + added
 
 
 Prune = Callable[[Tensor, Statistics | None, float, int, int], Tensor]

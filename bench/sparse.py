@@ -14,6 +14,7 @@ import hashlib
 import math
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ OURS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("magnitude", {"criterion": "magnitude"}),
     ("wanda", {"criterion": "wanda"}),
     ("sparsegpt", {"criterion": "sparsegpt"}),
+    ("sparsegpt, both", {"criterion": "sparsegpt", "inputs": "both"}),
     ("sparsegpt + refit", {"criterion": "sparsegpt", "solver": ("update", "refit")}),
     ("mrp", {"criterion": "sparsegpt", "solver": ("mrp",)}),
     ("alps", {"criterion": "alps"}),
@@ -41,9 +43,14 @@ OURS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("isc", {"criterion": "isc"}),
     ("dsnot", {"criterion": "dsnot"}),
 )
-FIRST = ("magnitude", "wanda", "sparsegpt", "alps, both")
+FIRST = ("magnitude", "wanda", "sparsegpt", "sparsegpt, both", "alps, both")
 PATTERNS = ("50%", "2:4", "75%", "2:8")
 STILL = ("magnitude",)  # reads no text: one seed is all
+READ: dict[str, dict[str, Any]] = {  # other calibrations than the one above, for SparseGPT
+    "2,048 tokens": {"tokens": 2048},
+    "32,768 tokens": {"tokens": 32768},
+    **{f"{domain} text": {"text": f"demo:{domain}"} for domain in ("coqa", "drop", "lambada", "squad")},
+}
 
 
 def main() -> None:
@@ -63,9 +70,9 @@ def main() -> None:
     subject = load("demo")
     ids = text_blocks(text, subject.tokenizer, seqlen=2048, max_tokens=20480)
 
-    def row(seed: int, pattern: str, settings: dict[str, Any] | str) -> dict[str, Any]:
+    def row(seed: int, pattern: str, settings: dict[str, Any] | str, **other: Any) -> dict[str, Any]:
         with restoring(subject.model):
-            read = calibration(subject, tokens=TOKENS, block=BLOCK, seed=seed)
+            read = calibration(subject, **{"tokens": TOKENS, "block": BLOCK, "seed": seed, **other})
             began = time.perf_counter()
             if isinstance(settings, str):
                 wanted = Pattern.parse(pattern)
@@ -89,18 +96,24 @@ def main() -> None:
 
 
 def rows(row: Any) -> list[tuple[str, Any]]:
-    """In the order of their worth: what decides the question first, seeds after one another."""
-    found: list[tuple[str, Any]] = []
-    for names, patterns in ((FIRST, PATTERNS[:2]), (None, PATTERNS[:2]), (None, PATTERNS[2:])):
-        for seed in SEEDS:
-            for pattern in patterns:
-                for name, settings in OURS:
-                    if (names is None or name in names) and not (name in STILL and seed):
-                        found.append((f"{name} {pattern} seed {seed}", partial(row, seed, pattern, settings)))
-                for name in plain.METHODS:
-                    if not (name in STILL and seed):
-                        found.append((f"plain {name} {pattern} seed {seed}", partial(row, seed, pattern, name)))
-    return list(dict(found).items())
+    """In the order of their worth: what decides the question first."""
+    found: dict[str, Any] = {}
+
+    def add(names: tuple[str, ...], patterns: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+        methods: dict[str, Any] = {name: settings for name, settings in OURS if name in names}
+        methods |= {f"plain {name}": name for name in plain.METHODS if name in names}
+        for seed, pattern, (name, settings) in product(seeds, patterns, methods.items()):
+            if not (seed and name.endswith(STILL)):
+                found.setdefault(f"{name} {pattern} seed {seed}", partial(row, seed, pattern, settings))
+
+    every = tuple(name for name, _ in OURS)
+    add(FIRST, PATTERNS[:2], SEEDS)
+    add(FIRST, PATTERNS[2:], SEEDS[:1])
+    for name, other in READ.items():
+        found[f"sparsegpt, {name} 2:4 seed 0"] = partial(row, 0, "2:4", {"criterion": "sparsegpt"}, **other)
+    add(every, PATTERNS, SEEDS[:1])
+    add(every, PATTERNS, SEEDS)
+    return list(found.items())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from typing import Any
 from ledger import Ledger
 from memory import child_of, libraries
 
+PUBLISHED = "published lean"  # as spp_speed names it, which loads what a child may not have loaded yet
+
 TOKENS, BLOCK, LAYERS, RANK = 8192, 512, 2, 16
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
@@ -31,7 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dsnot": {"criterion": "dsnot"},
 }
 PATTERNS = ("50%", "2:4")
-ADAPTERS = {"lora": "", "spp lean": "lean", "spp folded": "folded", "spp checkpointed": "checkpointed"}
+ADAPTERS = {"lora": "", "spp lean": "lean", "spp published lean": PUBLISHED}
+ADAPTERS |= {"spp folded": "folded", "spp checkpointed": "checkpointed"}
 
 
 def main() -> None:

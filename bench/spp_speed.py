@@ -12,15 +12,19 @@ from typing import Any
 
 import torch
 
+import plain
 from cutting import calibration
 from ledger import Ledger
+from regrow.engines import spp_forward
 from regrow.engines.adapters import add_adapters, layer_linears
 from regrow.engines.removal import layer_arguments, run_layer
 from regrow.engines.spp import SppConfig
 from regrow.stages.load import load
 
 BLOCK, SEQUENCES, RANK, REPEATS = 512, 2, 16, 7
-FORMS = ("folded", "lean", "checkpointed")
+PUBLISHED = "published lean"
+FORMS = ("folded", "lean", PUBLISHED, "checkpointed")
+spp_forward.FORMS[PUBLISHED] = plain.lean
 
 
 def main() -> None:
@@ -39,7 +43,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
         ratios = {
             f"{name} / {base}": [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-            for name, base in (("folded", "frozen"), ("lean", "frozen"), ("lora", "frozen"), ("lean", "folded"))
+            for name, base in (*((form, "frozen") for form in (*FORMS, "lora")), (PUBLISHED, "folded"))
         }
         return {
             "seconds": seconds,

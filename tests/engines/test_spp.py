@@ -293,7 +293,7 @@ def test_nothing_as_large_as_the_weight_is_kept(monkeypatch: pytest.MonkeyPatch,
     tokens, small = 5, R * N + 2 * M  # alpha, beta and s * beta
     made, x = layer(form), draw(5, N, seed=5).requires_grad_()
     assert tokens * (N + M) + small < M * N, "else the test could not tell"
-    assert tokens * N <= kept(made, x) <= tokens * (N + M if form == "lean" else N) + small
+    assert tokens * N <= kept(made, x) <= tokens * N + small
 
     def naive(x: Tensor) -> Tensor:
         return F.linear(x, made.base_layer.weight + made.get_delta_weight("default"))
@@ -301,6 +301,22 @@ def test_nothing_as_large_as_the_weight_is_kept(monkeypatch: pytest.MonkeyPatch,
     assert kept(made, x, naive) >= M * N
     monkeypatch.setattr(spp_forward, "checkpoint", lambda function, *given, **_: function(*given))
     assert (kept(made, x) >= M * N) == (form == "checkpointed")
+
+
+def test_the_lean_form_keeps_no_stream_as_wide_as_the_outputs() -> None:
+    """Under dropout what is left of x, else x; a plain product by runs keeps as much again, m wide."""
+    small, x = R * N + 2 * M, draw(50, N, seed=5).requires_grad_()
+    for dropout in (0.0, 0.4):
+        made = layer("lean", dropout=dropout)
+        mask = 2 * x.numel() if dropout else 0  # dropout's own: what it drew, and its input
+        assert x.numel() <= kept(made, x) <= x.numel() + mask + small
+        assert kept(made, x, lambda x, made=made: plain_runs(x, made)) >= 50 * (N + M)
+
+
+def plain_runs(x: Tensor, made: Linear) -> Tensor:
+    alpha, beta, weight = made.spp_alpha["default"], made.spp_beta["default"], made.base_layer.weight
+    added = torch.cat([F.linear(x * a, w) for a, w in zip(alpha, weight.chunk(len(alpha)), strict=True)], -1)
+    return F.linear(x, weight) + made.scaling["default"] * beta * added
 
 
 @pytest.mark.parametrize(

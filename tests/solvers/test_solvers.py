@@ -207,6 +207,19 @@ def test_sparsegpts_score_on_such_inputs_is_wandas_squared() -> None:
     assert torch.allclose(task.scores, task.weight.square() * task.curvature.gram.diagonal())
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", ["update", "mrp"])
+def test_the_same_inputs_twice_change_nothing(name: str, pattern: str) -> None:
+    """SparseGPT's Hessian is a mean: how much text there is does not matter, only which. Planted: a damping that does not grow."""
+    x = inputs()
+    once, twice = (solve(name, problem(pattern, x=t)) for t in (x, torch.cat([x, x])))
+    assert torch.equal(once.gone, twice.gone)
+    assert torch.allclose(once.weight, twice.weight, rtol=1e-9, atol=1e-12)
+    halved = Curvature(2 * x.T @ x, damping=0.005)  # as if the damping did not grow with the text
+    task = task_of(weights(), None, halved, WEIGHT_CRITERIA.get("sparsegpt"), Pattern.parse(pattern))
+    assert not torch.allclose(once.weight, solve(name, task).weight, rtol=1e-9, atol=1e-12)
+
+
 def test_the_sum_of_squared_errors_is_the_damped_loss() -> None:
     """SparseGPT 3.2: errors e in units of U, with |e|^2 the loss of each row."""
     x = inputs(96)

@@ -15,6 +15,7 @@ from regrow.errors import BrokenModel
 if TYPE_CHECKING:
     import torch
 
+STRIPE = 192  # columns of a product with the Gram matrix that are taken together
 STEPS = 6  # times the damping is raised, tenfold each, before giving up
 
 
@@ -83,6 +84,16 @@ class Curvature:
     def inverse_diagonal(self) -> torch.Tensor:
         """(n,) diagonal of gram^-1."""
         return self.factor.square().sum(0)
+
+    def size(self, weight: torch.Tensor) -> float:
+        """|W X|^2 = tr(W G W^T) of weights (m, n) on the undamped inputs; by symmetry, half of the product."""
+        total = 0.0
+        for a in range(0, weight.shape[1], STRIPE):
+            b = a + STRIPE
+            here = weight[:, a:b]
+            product = (here @ self.raw[a:b, a:b]).addmm_(weight[:, b:], self.raw[b:, a:b], alpha=2)  # (m, STRIPE)
+            total += float((product * here).sum())
+        return total
 
     def target(self, weight: torch.Tensor, cross: torch.Tensor, mend: float) -> torch.Tensor:  # (m, n)
         """The dense weight for these inputs whose outputs are nearest to those of `weight` on others.

@@ -272,9 +272,5 @@ def task_of(
 
 def _error(dense: Tensor, sparse: Tensor, curvature: Curvature) -> float:
     """|(W' - W) X|^2 / |W X|^2 on the calibration text."""
-
-    def size(w: Tensor) -> float:
-        return float(((w @ curvature.raw) * w).sum())
-
-    whole = size(dense)
-    return size(sparse - dense) / whole if whole else 0.0
+    whole = curvature.size(dense)
+    return curvature.size(sparse - dense) / whole if whole else 0.0

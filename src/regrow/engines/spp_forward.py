@@ -5,8 +5,10 @@ gives up: gradients of W itself; whoever tunes W needs no adapter.
 
 form          products    kept for the backward pass    beside that
 checkpointed  12 m n T    x, D(x)                       three matrices m x n, for a moment
-lean           8 m n T    D(x), a stream of width m     nothing of size m x n
+lean           8 m n T    D(x)                          nothing of size m x n; with dropout 10 m n T
 folded         6 m n T    x                             two matrices m x n, for a moment; no dropout
+
+The published lean form keeps a stream of width m beside D(x).
 """
 
 from __future__ import annotations
@@ -64,10 +66,8 @@ def checkpointed(
 def lean(
     x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
 ) -> Tensor:
-    """One thin product for each run of rows; nothing of size m x n."""
-    runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
-    added = scale * beta * torch.cat([F.linear(dropped * a, w) for a, w in runs], -1)
-    return F.linear(x, weight, bias) + added
+    """One thin product for each run of rows; nothing of size m x n, and nothing of width m is kept."""
+    return _made(_by_runs, len(alpha), x, None if dropped is x else dropped, weight, bias, alpha, beta, scale)
 
 
 def folded(
@@ -80,35 +80,73 @@ def folded(
     scale: float,
 ) -> Tensor:
     """One product with the adapted weight, made on the way and not kept; there is no dropout."""
-    return _Folded.apply(x, weight, bias, alpha, beta, scale)  # type: ignore[no-untyped-call,no-any-return]
+    return _made(_at_once, 1, x, None, weight, bias, alpha, beta, scale)
 
 
-class _Folded(torch.autograd.Function):
+def _by_runs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, read: Tensor
+) -> Tensor:
+    runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
+    added = torch.cat([F.linear(read * a, w) for a, w in runs], -1)  # (..., m)
+    return F.linear(x, weight, bias) + scale * beta * added
+
+
+def _at_once(
+    x: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, _: Tensor
+) -> Tensor:
+    return F.linear(x, weight + delta(weight, alpha, beta, scale).to(weight.dtype), bias)
+
+
+def _made(product: Callable[..., Tensor], parts: int, x: Tensor, dropped: Tensor | None, *given: Any) -> Tensor:
+    return _Adapted.apply(product, parts, x, dropped, *given)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Adapted(torch.autograd.Function):
+    """`product` without a graph, and its gradients in `parts` of the rows; `dropped` is None without dropout."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
+        ctx: Any,
+        product: Callable[..., Tensor],
+        parts: int,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        alpha: Tensor,
+        beta: Tensor,
+        scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, alpha, beta)
-        ctx.scale = scale
-        return F.linear(x, weight + delta(weight, alpha, beta, scale).to(weight.dtype), bias)
+        read = x if dropped is None else dropped
+        ctx.save_for_backward(read, weight, alpha, beta)
+        ctx.whole, ctx.scale, ctx.parts = dropped is None, scale, parts
+        return product(x, weight, bias, alpha, beta, scale, read)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, alpha, beta = ctx.saved_tensors
+        read, weight, alpha, beta = ctx.saved_tensors  # read (..., n): x, or what dropout left of it
         (grad,) = grads  # (..., m), under autocast in another type than x and the weight
-        back = push = None
-        if ctx.needs_input_grad[0]:
-            adapted = weight + delta(weight, alpha, beta, ctx.scale).to(weight.dtype)
-            back = (grad @ adapted.to(grad.dtype)).to(x.dtype)
-        if ctx.needs_input_grad[2]:
-            push = grad.flatten(0, -2).sum(0)  # (m,)
-        outer = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)  # (m, n)
-        outer *= weight
-        outer *= ctx.scale
-        runs = outer.view(len(alpha), -1, outer.shape[1]).to(alpha.dtype)  # (r, m / r, n)
-        ups = torch.einsum("kin,kn->ki", runs, alpha).flatten()  # (m,)
-        downs = torch.einsum("kin,ki->kn", runs, beta.view(len(alpha), -1))  # (r, n)
-        return back, None, push, downs, ups, None
+        back = torch.zeros_like(read) if ctx.needs_input_grad[2] else None
+        through = torch.zeros_like(read) if ctx.needs_input_grad[3] else None  # what was dropped
+        downs, ups = torch.empty_like(alpha), torch.empty_like(beta)  # (r, n), (m,)
+        rows = read.flatten(0, -2).to(grad.dtype)  # (T, n)
+        trained = zip(alpha.chunk(ctx.parts), beta.chunk(ctx.parts), strict=True)
+        grown = zip(downs.chunk(ctx.parts), ups.chunk(ctx.parts), strict=True)
+        pushed = zip(grad.chunk(ctx.parts, -1), weight.chunk(ctx.parts), strict=True)
+        for (g, w), (a, b), (down, up) in zip(pushed, trained, grown, strict=True):
+            added = delta(w, a, b, ctx.scale).to(w.dtype)
+            if back is not None:
+                back += g @ (w + added if ctx.whole else w).to(g.dtype)
+            if through is not None:
+                through += g @ added.to(g.dtype)
+            outer = g.flatten(0, -2).T @ rows  # (m / parts, n)
+            outer *= w
+            outer *= ctx.scale
+            runs = outer.view(len(a), -1, outer.shape[1]).to(a.dtype)
+            up.copy_(torch.einsum("kin,kn->ki", runs, a).flatten())
+            down.copy_(torch.einsum("kin,ki->kn", runs, b.view(len(a), -1)))
+        push = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None  # (m,)
+        return None, None, back, through, None, push, downs, ups, None
 
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]

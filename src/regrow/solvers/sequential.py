@@ -1,7 +1,8 @@
 """From left to right: what a removed weight did is made up for by the inputs after it (SparseGPT, MRP).
 
-Columns go in blocks, and inside a block in small runs whose effect on every row is one product with a small triangular
-matrix, so there is no step a column. What this gives up: inputs before a removed weight never help; `refit` lets them.
+Columns go in blocks, blocks in halves down to small runs, and what a run does to a row is one product with a small
+triangular matrix out of a table, so there is no step a column. What this gives up: inputs before a removed weight never
+help; `refit` lets them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from regrow.artifacts.linear import Linear, Sparse, solver
 from regrow.artifacts.mask import BLOCK, lowest_of_groups, lowest_of_rows
 from regrow.artifacts.pattern import Pattern
 
-RUN = 8  # columns taken together where the mask is known
+RUN = 4  # columns taken together where the mask is known
 TABLE = 256  # subsets of a group that are prepared in advance, at most
 ROWS = 64  # rows whose joint removals are solved together
 
@@ -68,36 +69,47 @@ def _sweep(task: Linear, start: Sparse, *, joint: bool, hold: bool) -> Sparse:
 
 def _in_turn(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (m, b) of one block without `gone`, one column after the other; errors (m, b) in units of U's rows."""
-    rows, width = part.shape
-    pad = -width % RUN
-    runs = (width + pad) // RUN
-    wide = torch.nn.functional.pad(own, (0, pad, 0, pad))
-    blocks = torch.stack([wide[i : i + RUN, i : i + RUN] for i in range(0, width + pad, RUN)])  # (r, RUN, RUN)
-    powers = 1 << torch.arange(RUN, device=gone.device)
+    (rows, width), pad = part.shape, -part.shape[1] % RUN
+    below = torch.nn.functional.pad(own.T, (0, pad, 0, pad))  # (b', b') U^T, b' a multiple of RUN
+    moved = torch.nn.functional.pad(part.T, (0, 0, 0, pad)).contiguous()  # (b', m): the rows of a step lie together
+    error = torch.empty_like(moved)
+    runs = [slice(i, i + RUN) for i in range(0, len(below), RUN)]
+    powers = 1 << torch.arange(RUN, dtype=torch.int32, device=gone.device)
     sets = torch.arange(2**RUN, device=gone.device)[:, None] & powers > 0  # (2^RUN, RUN) bit j stands for column j
-    turns = _turns(sets, blocks)  # (r, 2^RUN, RUN, RUN)
-    which = (torch.nn.functional.pad(gone, (0, pad)).view(rows, runs, RUN) * powers).sum(2)  # (m, r)
-    error = torch.zeros_like(part)
-    for run in range(runs):
-        a, b = run * RUN, min((run + 1) * RUN, width)
-        what = (part[:, a:b] * gone[:, a:b]).unsqueeze(1)  # (m, 1, <= RUN)
-        error[:, a:b] = torch.bmm(what, turns[run, which[:, run], : b - a, : b - a]).squeeze(1)
-        part[:, a:].addmm_(error[:, a:b], own[a:b, a:], alpha=-1)
-    return part.masked_fill(gone, 0), error
+    turns = _turns(sets, torch.stack([below[run, run].T for run in runs]))  # (r, 2^RUN, RUN, RUN)
+    table = turns.flatten(2).transpose(1, 2).contiguous()  # (r, RUN * RUN, 2^RUN)
+    bits = torch.nn.functional.pad(gone.T, (0, 0, 0, pad)).contiguous().view(-1, RUN, rows)  # (r, RUN, m)
+    which = (bits * powers[:, None]).sum(1, dtype=torch.int32)  # (r, m)
+
+    def solve(first: int, last: int) -> None:
+        """Errors of the runs from `first` to before `last`: of one, or of the left half and of what it moves."""
+        if last - first == 1:
+            turn = table[first].index_select(1, which[first]).view(RUN, RUN, rows)
+            torch.sum(moved[runs[first], None] * turn, 0, out=error[runs[first]])
+            return
+        middle = (first + last) // 2
+        left, right = slice(first * RUN, middle * RUN), slice(middle * RUN, last * RUN)
+        solve(first, middle)
+        moved[right].addmm_(below[right, left], error[left], alpha=-1)
+        solve(middle, last)
+
+    solve(0, len(runs))
+    errors = error[:width].T
+    return (part - errors @ own).masked_fill_(gone, 0), errors
 
 
 def _turns(sets: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:  # (S, c) bool, (r, c, c) -> (r, S, c, c)
-    """T with e = (w * gone) T for each set of columns that may be gone, and each block of U.
+    """T with e = w T for each set of columns that may be gone, and each block of U.
 
-    Errors e_j = (w_j - sum_{i<j} e_i U_ij) / U_jj where gone, by forward substitution.
+    Errors e_j = (w_j - sum_{i<j} e_i U_ij) / U_jj where gone, else 0, by forward substitution.
     """
     runs, width, _ = blocks.shape
-    turns = torch.eye(width, dtype=blocks.dtype, device=blocks.device).repeat(runs, len(sets), 1, 1)
+    columns = blocks.new_empty(width, runs, len(sets), width)
+    unit = torch.eye(width, dtype=blocks.dtype, device=blocks.device)
     for j in range(width):
-        done = torch.einsum("rsci,ri->rsc", turns[..., :j], blocks[:, :j, j])
-        found = (turns[..., j] - done) / blocks[:, j, j, None, None]  # (r, S, c)
-        turns[..., j] = torch.where(sets[:, j, None], found, turns[..., j])
-    return turns
+        done = torch.einsum("irsc,ri->rsc", columns[:j], blocks[:, :j, j])
+        columns[j] = torch.where(sets[:, j, None], (unit[j] - done) / blocks[:, j, j, None, None], 0)
+    return columns.movedim(0, -1).contiguous()
 
 
 def _at_once(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +175,7 @@ def _tables(subsets: torch.Tensor, blocks: torch.Tensor, joint: bool) -> tuple[t
         return table.transpose(1, 2).flatten(2)
 
     if not joint:
-        turns = flat(_turns(subsets, blocks) * subsets[..., None])
+        turns = flat(_turns(subsets, blocks))
         return turns, turns
     both = subsets[:, :, None] & subsets[:, None, :]  # (S, M, M)
     inverse = (blocks.transpose(1, 2) @ blocks)[:, None]  # (g, 1, M, M)
