@@ -210,7 +210,7 @@ def test_sparsegpts_score_on_such_inputs_is_wandas_squared() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", ["update", "mrp"])
 def test_the_same_inputs_twice_change_nothing(name: str, pattern: str) -> None:
-    """SparseGPT's Hessian is a mean: how much text there is does not matter, only which. Planted: a damping that does not grow."""
+    """SparseGPT's Hessian is a mean: how much text there is does not matter. Planted: a damping that does not grow."""
     x = inputs()
     once, twice = (solve(name, problem(pattern, x=t)) for t in (x, torch.cat([x, x])))
     assert torch.equal(once.gone, twice.gone)
