@@ -27,7 +27,7 @@ from regrow.settings import Sparsify
 from regrow.stages.load import load
 from regrow.stages.sparsify import choose
 
-TOKENS, BLOCK, LAYERS, REPEATS = 8192, 512, 10, 3
+TOKENS, BLOCK, LAYERS, REPEATS = 8192, 512, 6, 5
 HALF = Pattern.parse("50%")
 WIDTH = 128  # columns of SparseGPT's blocks
 

@@ -116,7 +116,7 @@ def test_the_solver_by_hand(run_example: Any) -> None:
     assert rescale.options == {"most": 2.0}
     weight, gone = torch.tensor([[1.0, 2.0], [1.0, -8.0]]), torch.tensor([[False, True], [False, True]])
     curvature = Curvature(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), damping=0)
-    task = Linear(weight, Pattern.parse("1:2"), "row", weight.abs(), None, curvature)
+    task = Linear(weight, Pattern.parse("1:2"), "row", lambda w, _: w.abs(), curvature=curvature)
     start = Sparse(weight.masked_fill(gone, 0), gone)
     assert rescale.solve(task, start).weight.tolist() == [[2, 0], [0, 0]]  # and never the other way round
     assert rescale.solve(task, start, most=1.5).weight.tolist() == [[1.5, 0], [0, 0]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regrow.artifacts.curvature import Curvature
-from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Sparse
+from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Lowest, Sparse
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
 from regrow.engines.sparsify import task_of
@@ -53,8 +53,7 @@ def problem(
 
 
 def begin(task: Linear) -> Sparse:
-    gone = task.lowest(task.scores, task.within)
-    return Sparse(task.weight.masked_fill(gone, 0), gone)
+    return Lowest(task)
 
 
 def solve(name: str, task: Linear, start: Sparse | None = None, **options: Any) -> Sparse:
@@ -304,7 +303,7 @@ def test_more_zeros_than_are_asked_stay_as_they_are(name: str) -> None:
 def test_an_empty_weight_goes_first_however_high_its_score() -> None:
     """By hand: of four the second is empty; the lowest of the others goes with it."""
     empty = torch.tensor([[False, True, False, False]])
-    task = Linear(torch.ones(1, 4), Pattern.parse("2:4"), "row", torch.zeros(1, 4), empty=empty)
+    task = Linear(torch.ones(1, 4), Pattern.parse("2:4"), "row", lambda w, _: torch.zeros_like(w), empty=empty)
     assert task.lowest(torch.tensor([[3.0, 9.0, 2.0, 4.0]]), "row").tolist() == [[False, True, True, False]]
 
 
@@ -351,7 +350,7 @@ def test_one_swap_by_hand() -> None:
     w = torch.tensor([[5.0, 1.0, -2.0, -9.0, 8.0, 7.0]], dtype=torch.float64)
     ones = torch.ones(6, dtype=torch.float64)
     gone = torch.tensor([[True, True, False, False, False, False]])
-    task = Linear(w, Pattern.parse("33%"), "row", w.abs(), Inputs(ones, ones, ones))
+    task = Linear(w, Pattern.parse("33%"), "row", lambda w, _: w.abs(), inputs=Inputs(ones, ones, ones))
     found = solve("dsnot", task, Sparse(w.masked_fill(gone, 0), gone), cycles=1)
     assert found.gone.tolist() == [[False, True, True, False, False, False]]
 
@@ -360,7 +359,7 @@ def test_a_row_that_runs_out_of_weights_stops() -> None:
     """No kept weight has a negative share: nothing can go, so nothing returns."""
     w = torch.arange(1.0, 9.0, dtype=torch.float64)[None]
     ones = torch.ones(8, dtype=torch.float64)
-    task = Linear(w, Pattern.parse("50%"), "row", w.abs(), Inputs(ones, ones, ones))
+    task = Linear(w, Pattern.parse("50%"), "row", lambda w, _: w.abs(), inputs=Inputs(ones, ones, ones))
     start = begin(task)
     assert torch.equal(solve("dsnot", task, start).gone, start.gone)
 

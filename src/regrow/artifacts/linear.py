@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from regrow.artifacts.mask import Within, lowest
@@ -30,20 +31,23 @@ class Inputs:
     variance: torch.Tensor  # (n,) fp32 over all tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Linear:
     """The problem: outputs near those of `weight` on these inputs, with zeros in this pattern."""
 
     weight: torch.Tensor  # (m, n) fp32, what the outputs should be near to
     pattern: Pattern
     within: Within  # who competes for a percentage
-    scores: torch.Tensor  # (m, n) of the criterion on `weight`
+    score: Callable[[torch.Tensor, slice], torch.Tensor]  # (m, c) weights and which columns they are -> (m, c)
+    adapts: bool = False  # scores of weights that have moved mean something
     inputs: Inputs | None = None
     curvature: Curvature | None = None
-    rescore: Callable[[torch.Tensor, slice], torch.Tensor] | None = (
-        None  # on moved weights of some columns, if it adapts
-    )
     empty: torch.Tensor | None = None  # (m, n) bool: zero before and for good, and counted among those that go
+
+    @cached_property
+    def scores(self) -> torch.Tensor:  # (m, n)
+        """Of `weight` as it is."""
+        return self.score(self.weight, slice(None))
 
     def lowest(self, scores: torch.Tensor, within: Within) -> torch.Tensor:  # (m, n) -> (m, n) bool
         """What goes by `scores`, 0 or more: all that is empty, then the lowest until the pattern has its zeros."""
@@ -52,12 +56,29 @@ class Linear:
         return lowest(scores.masked_fill(self.empty, -1), self.pattern, within) | self.empty
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sparse:
     """An answer: `weight` is exactly zero where `gone`."""
 
     weight: torch.Tensor  # (m, n) fp32
     gone: torch.Tensor  # (m, n) bool
+
+
+class Lowest(Sparse):
+    """What the criterion alone gives, where every chain of solvers starts; made when it is first looked at."""
+
+    task: Linear
+
+    def __init__(self, task: Linear) -> None:
+        object.__setattr__(self, "task", task)
+
+    @cached_property
+    def gone(self) -> torch.Tensor:
+        return self.task.lowest(self.task.scores, self.task.within)
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        return self.task.weight.masked_fill(self.gone, 0)
 
 
 @dataclass(frozen=True, slots=True)

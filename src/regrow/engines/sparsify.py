@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.artifacts.curvature import Curvature
-from regrow.artifacts.linear import Inputs, Linear, Solver, Sparse
+from regrow.artifacts.linear import Inputs, Linear, Lowest, Solver, Sparse
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
@@ -229,8 +229,7 @@ def _prune(
         target = curvature.target(target, found.cross, method.mend)
     empty = weight == 0 if method.keep_zeros else None
     task = task_of(target, inputs, curvature, method.criterion, pattern, empty)
-    gone = task.lowest(task.scores, method.criterion.within)
-    answer = Sparse(task.weight.masked_fill(gone, 0), gone)
+    answer: Sparse = Lowest(task)
     for solver, options in method.solvers:
         answer = solver.solve(task, answer, **options)
     error = None if curvature is None else _error(task.weight, answer.weight, curvature)
@@ -265,9 +264,7 @@ def task_of(
             scores = scores.masked_fill(curvature.dead[columns], 0)
         return scores if empty is None else scores.masked_fill(empty[:, columns], -1)
 
-    every = score(weight, slice(None))
-    rescore = score if criterion.adapts else None
-    return Linear(weight, pattern, criterion.within, every, inputs, curvature, rescore, empty)
+    return Linear(weight, pattern, criterion.within, score, criterion.adapts, inputs, curvature, empty)
 
 
 def _error(dense: Tensor, sparse: Tensor, curvature: Curvature) -> float:

@@ -40,17 +40,19 @@ def _sweep(task: Linear, start: Sparse, *, joint: bool, hold: bool) -> Sparse:
     """`hold` keeps the mask of `start`; else it is chosen on the way when the criterion adapts or subsets are tried."""
     assert task.curvature is not None
     factor, pattern = task.curvature.factor, task.pattern  # (n, n) upper
-    weight, gone = task.weight.clone(), start.gone.clone()
-    empty = torch.zeros_like(gone) if task.empty is None else task.empty  # (m, n)
+    weight = task.weight.clone()
     rows, columns = weight.shape
     width = pattern.of * max(1, BLOCK // pattern.of) if pattern.of else BLOCK
-    rescore = None if hold else task.rescore
-    tries = joint and not hold and math.comb(pattern.of, pattern.keep) <= TABLE
+    rescore = task.score if task.adapts and not hold else None
+    tries = pattern.of > 0 and joint and not hold and math.comb(pattern.of, pattern.keep) <= TABLE
+    chooses = rescore is not None or tries
+    gone = torch.zeros_like(weight, dtype=torch.bool) if chooses else start.gone.clone()  # (m, n)
+    empty = torch.zeros_like(gone) if task.empty is None else task.empty  # (m, n)
     for a in range(0, columns, width):
         b = min(a + width, columns)
         here, own = slice(a, b), factor[a:b, a:b]
         part = weight[:, here].clone()
-        if pattern.of and (rescore is not None or tries):
+        if pattern.of and chooses:
             score = None if rescore is None else (lambda w, at, a=a: rescore(w, slice(a + at, a + at + w.shape[1])))
             whole = part.clone()
             part, gone[:, here], error = _by_groups(part, own, pattern, score, joint, empty[:, here])
