@@ -1,7 +1,8 @@
 """Choices of one-shot sparsity, made on held-out demo text: how far to mend, and how much to damp.
 
-SparseGPT on SmolLM2, 8,192 calibration tokens (16 x 512), two seeds; perplexity on 8,192 tokens of the held-out part of
-the demo text, blocks of 512. The evaluation text is not looked at. `mend 0` reads pruned inputs, as published.
+SparseGPT and ALPS on SmolLM2, 8,192 calibration tokens (16 x 512), two seeds; perplexity on 8,192 tokens of the
+held-out part of the demo text, blocks of 512. The evaluation text is not looked at. `mend 0` reads pruned inputs, as
+published.
 
     python bench/sparse_defaults.py [--share 1/2]
 """
@@ -23,7 +24,7 @@ from regrow.stages import sparsify
 from regrow.stages.load import load
 
 TOKENS, BLOCK, SEEDS, PATTERNS = 8192, 512, (0, 1), ("50%", "2:4")
-MENDS = (0.06, 0.12, 0.18, 0.25, 0.5)
+MENDS = (0.06, 0.12, 0.25)
 DAMPINGS = (0.001, 0.1)
 
 
@@ -47,6 +48,7 @@ def main() -> None:
     ledger.row("dense", lambda: {"perplexity": perplexity()})
     tried: dict[str, dict[str, Any]] = {"mend 0": {}}
     tried |= {f"mend {mend:g}": {"inputs": "both", "mend": mend} for mend in MENDS}
+    tried |= {f"alps, mend {mend:g}": {"criterion": "alps", "inputs": "both", "mend": mend} for mend in MENDS[1:]}
     tried |= {f"damping {damping:g}": {"damping": damping} for damping in DAMPINGS}
     rows = [
         (f"{name} {pattern} seed {seed}", partial(row, seed, Sparsify(pattern=pattern, **settings)))

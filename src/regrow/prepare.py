@@ -21,7 +21,7 @@ from regrow.engines.distil import check_teacher
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, shared
 from regrow.errors import SettingsError, TextError
-from regrow.settings import Recipe, Recover
+from regrow.settings import BASE, Recipe, Recover
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
@@ -99,6 +99,14 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
     check_zeros(subject, recipe)
     check_tongue(subject, recipe)
     check_texts(subject, recipe)
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """With the teacher `base` named: the model that all steps before began with. Raises `ModelError`."""
+    asked = recipe.recover
+    if asked is None or asked.teacher != BASE:
+        return recipe
+    return recipe.model_copy(update={"recover": asked.model_copy(update={"teacher": checkpoint.root(recipe.model)})})
 
 
 def check_rank(subject: Subject, recipe: Recipe) -> None:

@@ -34,7 +34,7 @@ from regrow.engines.texts import documents, fingerprint
 from regrow.engines.train_settings import FREE
 from regrow.engines.zeros import of_model
 from regrow.errors import RegrowWarning
-from regrow.prepare import calibrates, check, check_subject, chosen_criteria, recovery_text
+from regrow.prepare import calibrates, check, check_subject, chosen_criteria, recovery_text, settled
 from regrow.settings import Recipe, dump
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
@@ -67,6 +67,7 @@ class _Clock:
 
 def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = None) -> Report:
     """Walk the whole road and leave a finished folder at `out`. Raises errors of `errors.py`; leaves nothing then."""
+    recipe = settled(recipe)
     wish, clock = check(recipe), _Clock()
     checkpoint.check_out(out)
     with clock.stage("load"):

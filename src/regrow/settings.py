@@ -74,6 +74,7 @@ class Sparsify(_Part):
     )
 
 
+BASE = "base"  # the teacher that is where everything began
 RATES = {"lora": 3e-4, "lora-masked": 3e-4, "spp": 4e-3, "hira": 4e-3, "ia3": 4e-3, "full": 3e-5, "ast": 3e-5}
 """The peak rate of each way to recover. LoRA: LLM-Pruner's. SPP: its paper's; HiRA and IA3 multiply weights as it does,
 and a factor that is nearer to 1 than about 1/400 is rounded away in 16 bits. All weights: a tenth of LoRA's, since each
@@ -115,7 +116,9 @@ class Recover(_Part):
     dropout: float = Field(default=0.05, ge=0, lt=1, description="before the adapters (lora)")
     checkpointing: bool = Field(default=False, description="less memory for a third more time")
     teacher: str | None = Field(
-        default=None, description="learn from this model's predictions instead of the text's next token; same tokenizer"
+        default=None,
+        description="learn from this model's predictions instead of the text's next token; same tokenizer; "
+        "base = the model that all steps before began with",
     )
     loss: str = Field(default="forward-kl", description="how far from the teacher; `regrow ls losses`")
 

@@ -457,6 +457,20 @@ def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, t
     assert recipe["recover"]["teacher"] == str(thin)
 
 
+def test_the_base_teaches(regrow: Command, thin: Path, short: Path, tale: Path, tmp_path: Path) -> None:
+    """`base` is what the steps before began with, however many there were."""
+    model = thin
+    for name in ("once", "twice"):
+        done = regrow(
+            "recover", model, "--adapter", "spp", *TRAIN, "--train", tale, "--teacher", "base", "--out", tmp_path / name
+        )
+        assert done.code == 0, done.err
+        model = tmp_path / name
+        recipe = yaml.safe_load((model / "recipe.yaml").read_text(encoding="utf-8"))
+        assert recipe["recover"]["teacher"] == str(short)
+        assert read_report(model).training[0]["loss"] > 1e-4
+
+
 def test_a_recovery_that_changes_nothing_says_so(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     ask = ("recover", thin, "--adapter", "spp", *TRAIN, "--train", tale, "--learning-rate", 1e-6)

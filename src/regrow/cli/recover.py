@@ -27,7 +27,7 @@ def recover(
     template: Annotated[str | None, typer.Option(help="how instructions are written: alpaca or chat")] = None,
     learn: Annotated[str | None, typer.Option(help="of instructions: all, or answers alone")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="learn from this model's predictions: a hub id, a folder, demo")
+        str | None, typer.Option(help="learn from this model's predictions: a hub id, a folder, demo, base")
     ] = None,
     loss: Annotated[str | None, typer.Option(help="how far from the teacher; see `regrow ls losses`")] = None,
     text: o.Text = None,

@@ -69,6 +69,16 @@ def locate(model: str, *, weights: bool = True) -> Path:
         ) from error
 
 
+def root(model: str) -> str:
+    """What `model` was made from, through every folder of regrow on the way; itself when regrow did not make it."""
+    seen: list[str] = []
+    while model not in seen:
+        seen.append(model)
+        path = locate(model, weights=False) / NOTES
+        model = _json(path).get("base_model", model) if path.exists() else model
+    return model
+
+
 def fingerprint(folder: Path) -> str:
     """16 hex digits over every file that decides what the model says: weights, configurations, tokenizer, template."""
     digest = hashlib.sha256()
