@@ -47,7 +47,9 @@ def lowest_of_rows(scores: torch.Tensor, count: int) -> torch.Tensor:  # (m, n) 
     edge = scores.kthvalue(count, dim=1, keepdim=True).values  # (m, 1)
     below, level = scores < edge, scores == edge
     missing = count - below.sum(1, keepdim=True)  # (m, 1)
-    return below | (level & (level.cumsum(1) <= missing))
+    if bool((level.sum(1, keepdim=True) > missing).any()):  # ties at the edge
+        level &= level.cumsum(1) <= missing
+    return below | level
 
 
 def lowest_of_counts(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:  # (m, n), (m,) -> (m, n) bool

@@ -234,7 +234,8 @@ def _prune(
         answer = solver.solve(task, answer, **options)
     error = None if curvature is None else _error(task.weight, answer.weight, curvature)
     weight.copy_(answer.weight)
-    weight.masked_fill_(answer.gone if empty is None else answer.gone | empty, 0)
+    gone = answer.gone if empty is None else answer.gone | empty
+    weight.mul_(~gone).add_(0.0)  # never -0; filling would branch at every entry
     note = "" if curvature is None or not curvature.raised else f"damping raised to {curvature.raised:g}"
     return Pruned(matrix.name, layer, weight.numel(), int((weight == 0).sum()), str(pattern), error, note)
 

@@ -97,7 +97,7 @@ def _in_turn(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple
 
     solve(0, len(runs))
     errors = error[:width].T
-    return (part - errors @ own).masked_fill_(gone, 0), errors
+    return (part - errors @ own).mul_(~gone), errors
 
 
 def _turns(sets: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:  # (S, c) bool, (r, c, c) -> (r, S, c, c)
