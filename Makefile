@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/python scripts/load_demo.py $(OUT)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ class Sparsify(_Part):
         "dense model's outputs as the target",
     )
     mend: float = Field(
-        default=0.12,
+        default=0.25,
         ge=0,
         le=1,
         description="with `inputs: both`, how far the target goes towards the dense model's outputs; 1 = all the way",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prompt import Command, Done
+from prompt import Command, Done, Refused, tree
 
 from regrow.cli.main import main
 
@@ -43,6 +43,28 @@ def regrow(capsys: pytest.CaptureFixture[str]) -> Command:
         code = main([str(a) for a in arguments])
         caught = capsys.readouterr()
         return Done(code, caught.out, caught.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(regrow: Command, tmp_path: Path) -> Refused:
+    """Run a command that must fail and leave `tmp_path` as it is; `says` are parts of the message."""
+
+    def call(*arguments: object, says: tuple[str, ...], code: int = 2) -> Done:
+        before = tree(tmp_path)
+        done = regrow(*arguments, "--json")
+        assert done.code == code, (done.out, done.err)
+        assert done.err.count("error: ") == 1
+        assert sum(line.startswith("error: ") for line in done.err.splitlines()) == 1
+        for part in ("\n  allowed: ", "\n  next:    ", *says):
+            assert part in done.err
+        assert "Traceback" not in done.err
+        assert set(done.json) == {"error", "came", "allowed", "next"}
+        assert all(done.json.values())
+        assert len(done.err) < 2000
+        assert tree(tmp_path) == before
+        return done
 
     return call
 

@@ -1,10 +1,12 @@
-"""What comes back from a command at a prompt."""
+"""What comes back from a command at a prompt, and what a folder holds."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -22,3 +24,12 @@ class Done:
 
 
 Command = Callable[..., Done]
+Refused = Callable[..., Done]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file and folder, with what it holds."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }

@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from prompt import Command, Done
+from prompt import Refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from regrow.engines import checkpoint
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file and folder, with what it holds."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
-
-
-Refused = Callable[..., Done]
-
-
-@pytest.fixture
-def refused(regrow: Command, tmp_path: Path) -> Refused:
-    """Run a command that must fail and leave `tmp_path` as it is; `says` are parts of the message."""
-
-    def call(*arguments: object, says: tuple[str, ...], code: int = 2) -> Done:
-        before = tree(tmp_path)
-        done = regrow(*arguments, "--json")
-        assert done.code == code, (done.out, done.err)
-        assert done.err.count("error: ") == 1
-        assert sum(line.startswith("error: ") for line in done.err.splitlines()) == 1
-        for part in ("\n  allowed: ", "\n  next:    ", *says):
-            assert part in done.err
-        assert "Traceback" not in done.err
-        assert set(done.json) == {"error", "came", "allowed", "next"}
-        assert all(done.json.values())
-        assert len(done.err) < 2000
-        assert tree(tmp_path) == before
-        return done
-
-    return call
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from prompt import Command, Done
+from prompt import Command, Refused
 from safetensors.torch import load_file, save_file
-from test_bad_input import tree
 
 from models import make, tokenizer
 from regrow.engines import checkpoint
@@ -20,28 +19,6 @@ from regrow.engines import checkpoint
 QUICK = ("--criterion", "magnitude", "--text", "none")
 READS = ("--calibration-tokens", 256, "--calibration-block", 64, "--text", "none")
 TRAIN = ("--tokens", 512, "--set", "recover.block=64", "--text", "none")
-
-Refused = Callable[..., Done]
-
-
-@pytest.fixture
-def refused(regrow: Command, tmp_path: Path) -> Refused:
-    """Run a command that must fail and leave `tmp_path` as it is; `says` are parts of the message."""
-
-    def call(*arguments: object, says: tuple[str, ...], code: int = 2) -> Done:
-        before = tree(tmp_path)
-        done = regrow(*arguments, "--json")
-        assert done.code == code, (done.out, done.err)
-        assert [line.startswith("error: ") for line in done.err.splitlines()].count(True) == 1
-        for part in ("\n  allowed: ", "\n  next:    ", *says):
-            assert part in done.err
-        assert "Traceback" not in done.err
-        assert set(done.json) == {"error", "came", "allowed", "next"}
-        assert all(done.json.values())
-        assert tree(tmp_path) == before
-        return done
-
-    return call
 
 
 @pytest.fixture

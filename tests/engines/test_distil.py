@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,15 +28,6 @@ from regrow.errors import SettingsError, UnknownName, UnsupportedModel
 from regrow.losses.forward_kl import forward_kl
 
 CAP = {"final_logit_softcapping": 1.5}  # low enough to bend every logit
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only waits, on a busy machine for very long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def kl() -> Divergence:

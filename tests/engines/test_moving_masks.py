@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,6 @@ from regrow.errors import IdentityError, SettingsError
 
 NEVER = 10**6
 RATE, BETAS, EPS = 1e-2, (0.9, 0.95), 1e-8
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only waits, on a busy machine for very long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inside(model: Any) -> dict[str, Tensor]:

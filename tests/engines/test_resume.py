@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from regrow.engines.adapters import add_adapters
 from regrow.engines.resume import fingerprint, newest, weights_fingerprint
 from regrow.engines.train import train
 from regrow.errors import BrokenModel, OutputError, SettingsError
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only waits, on a busy machine for very long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("adapters", [False, True])

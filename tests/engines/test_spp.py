@@ -5,7 +5,6 @@ Formulas are held against plain autograd of y = W x + b + s (A beta W) x, files 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ from regrow.errors import IdentityError, SettingsError
 M, N, R, SCALE = 24, 20, 4, 1.5
 FORMS = ("checkpointed", "lean", "folded")
 AWAY = ("embed", "lm_head", "norm")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only waits, on a busy machine for very long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def settings(**changes: Any) -> SppConfig:

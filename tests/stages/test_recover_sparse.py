@@ -6,7 +6,6 @@ And but for AST, which moves zeros inside their groups or rows, and says how man
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -33,15 +32,6 @@ KEEPING = ("spp", "hira", "ia3", "full", "lora-masked")
 RATES = {"spp": 0.1, "hira": 0.1, "ia3": 0.1, "full": 3e-3, "lora-masked": 1e-2, "lora": 1e-2, "ast": 3e-3}
 BLOCK, TOKENS = 16, 256  # so few that slower rates move weights by less than the storage type can hold
 SPROUT = Path(__file__).parents[1] / "sprout"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only waits, on a busy machine for very long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -39,7 +39,7 @@ class Method:
     inputs: Literal["pruned", "dense", "both"] = "pruned"
     """What a block reads: what the pruned blocks before it give, what the dense model gives, or what the pruned ones
     give with the dense model's outputs as the target."""
-    mend: float = 0.12  # with both: how far the target goes from the dense weights (0) to the dense outputs (1)
+    mend: float = 0.25  # with both: how far the target goes from the dense weights (0) to the dense outputs (1)
     keep_zeros: bool = False  # what is zero before stays zero
 
     @property
