@@ -27,13 +27,33 @@ def spread_of(values: list[float], digits: int = 1) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}{few}"
 
 
-def quality(data: dict[str, Any]) -> str:
-    """Perplexity of every method and pattern; beside ours, how far below SparseGPT's on the same seeds."""
+def by_method(rows: Rows) -> dict[tuple[str, str], dict[str, float]]:
+    """Perplexities by (method, pattern), then by seed."""
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for key, row in data["rows"].items():
+    for key, row in rows.items():
         if " seed " in key:
             name, pattern = key.partition(" seed ")[0].rsplit(" ", 1)
             found.setdefault((name, pattern), {})[key.partition(" seed ")[2]] = row["perplexity"]
+    return found
+
+
+def choices(data: dict[str, Any]) -> str:
+    """What defaults were chosen by."""
+    found = by_method(data["rows"])
+    body = [
+        [name, *(spread_of(list(found.get((name, pattern), {}).values())) for pattern in PATTERNS[:2])]
+        for name in sorted({name for name, _ in found})
+    ]
+    about = (
+        f"Perplexity on held-out demo text, dense {data['rows']['dense']['perplexity']:.2f}; SparseGPT unless named. "
+        "Mean ± standard deviation over calibration seeds (their number where fewer than 3).\n\n"
+    )
+    return about + table(["choice", *PATTERNS[:2]], body)
+
+
+def quality(data: dict[str, Any]) -> str:
+    """Perplexity of every method and pattern; beside ours, how far below SparseGPT's on the same seeds."""
+    found = by_method(data["rows"])
     names = list(dict.fromkeys(name for name, _ in found))
     body = []
     for name in sorted(names, key=lambda n: (n.startswith("plain"), names.index(n))):
@@ -179,6 +199,7 @@ def verdict(rows: Rows, tasks: list[str], model: str, main: str) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sparse": ("Zeros in one shot", quality),
+    "sparse_defaults": ("Choices of zeros in one shot", choices),
     "sparse_speed": ("Price of zeros in one shot", speed),
     "sparse_memory": ("Memory of sparse models' work", memory),
     "spp": ("Tuning that keeps zeros", recovery),
