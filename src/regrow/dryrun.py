@@ -18,13 +18,15 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
+from regrow.artifacts.share import ZERO_SPREADS
 from regrow.engines import tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
 from regrow.engines.sparsify import Method
+from regrow.engines.zeros import prunable
 from regrow.errors import MissingDemo
-from regrow.prepare import as_wish, chosen_criteria
+from regrow.prepare import check_words, chosen_criteria
 from regrow.settings import Evaluate, Recipe
 from regrow.stages import sparsify
 from regrow.stages.load import as_dtype
@@ -41,6 +43,7 @@ MASK = 7.5  # copies of a linear's weights while its mask is chosen
 FACTOR = (6.5, 0.0)  # copies of a linear's Gram matrix, and of its weights, while the matrix is factored
 WORK = {"refit": (3.0, 14.0), "mrp": (3.0, 17.5), "alps": (12.5, 0.0), "dsnot": (0.0, 21.0)}
 """The same at the peak of a solver that needs more; measured (bench/sparse_memory.py)."""
+PROBES, PROBE_PASSES, PROBE_COPIES = 4, 9.0, 4.0  # of a Hessian's trace: blocks, forward passes each, of the model
 ITEM_TOKENS = 4 * 60  # of a task's item: about four choices of sixty tokens with their question
 
 
@@ -49,7 +52,7 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
     config = read_config(locate(recipe.model, weights=False), trust_remote_code=trust_remote_code)
     anatomy = bind(config)
     anatomy = replace(anatomy, store_bytes=min(anatomy.store_bytes, as_dtype(recipe.dtype).itemsize))
-    wish = as_wish(recipe)
+    wish = check_words(recipe)
     plan, guessed = (Plan.everything(anatomy), False) if wish is None else foretold_plan(anatomy, wish)
     shape, asked = plan.shape(), measuring(recipe.evaluate)
     speed = gflops or machine_gflops()
@@ -169,9 +172,19 @@ def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -
     if recipe.sparsify is None:
         return []
     method, asked = sparsify.choose(recipe.sparsify), recipe.calibration
-    passes = 0 if method.sees == "nothing" else {"pruned": 2, "dense": 1, "both": 3}[method.inputs]
+    passes = 0 if method.sees == "nothing" else {"pruned": 2, "dense": 1, "both": 2 + method.mends}[method.inputs]
     peak = 4 * dense.parameters + sparse_bytes(anatomy, method, tokens=asked.tokens, block=asked.block)
-    return [_row("sparsify and write", asked.tokens if passes else 0, passes * dense.flops_per_token, peak, gflops)]
+    rows = [_row("sparsify and write", asked.tokens if passes else 0, passes * dense.flops_per_token, peak, gflops)]
+    how = ZERO_SPREADS.get(recipe.sparsify.spread)
+    if how.sees == "inputs":
+        wide = 4.0 * (dense.parameters + asked.tokens * anatomy.sizes["C"])
+        rows.insert(0, _row(f"spread {how.name}", asked.tokens, dense.flops_per_token, wide, gflops))
+    elif how.sees == "trace":
+        wide = 4 * PROBE_COPIES * dense.parameters + asked.block * 4 * 3 * anatomy.sizes["V"]
+        rows.insert(
+            0, _row(f"spread {how.name}", PROBES * asked.block, PROBE_PASSES * dense.flops_per_token, wide, gflops)
+        )
+    return rows
 
 
 def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int) -> int:
@@ -182,10 +195,10 @@ def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int) -
     """
     sizes = anatomy.sizes
     gram, reads = method.sees in ("gram", "all"), method.sees != "nothing"
-    both = method.inputs == "both" and gram
+    both = method.mends
     inputs = _inputs(anatomy)
     squares = [(1 + both) * gram * count * n * n for count, n, _ in inputs]
-    streams = (2 if method.inputs == "both" else 1) * tokens * sizes["C"] if reads else 0
+    streams = (1 + both) * tokens * sizes["C"] if reads else 0
     passing = block * (6 * sizes["C"] + 4 * sizes["F"]) + sum(squares) if reads else 0
     needs = [
         (3.0 * gram, MASK),
@@ -202,13 +215,15 @@ def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int) -
 def _inputs(anatomy: Anatomy) -> list[tuple[int, int, int]]:
     """What the linears of a block read, in turn: inputs of a kind, their channels, the most outputs of a linear."""
     found: dict[tuple[str | None, bool], tuple[int, int, int]] = {}
+    chosen = set(prunable(anatomy))
     for tensor in anatomy.tensors:
-        if tensor.layer == 0 and tensor.matrix:
+        if tensor.layer == 0 and tensor.name in chosen:
             branch = anatomy.family.attention if tensor.branch == "attention" else anatomy.family.mlp
-            key = tensor.branch, tensor.name.removesuffix(".weight").endswith(branch.site)
+            last = tensor.name.removesuffix(".weight").rpartition(".")[2]
             *experts, outputs, channels = tensor.shape
+            key = tensor.branch, last == branch.site.rpartition(".")[2]
             known = found.get(key, (1, 1, 1))
-            found[key] = (math.prod(experts), max(channels, known[1]), max(outputs, known[2]))
+            found[key] = (max(math.prod(experts), known[0]), max(channels, known[1]), max(outputs, known[2]))
     return list(found.values())
 
 

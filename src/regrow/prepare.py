@@ -31,10 +31,8 @@ from regrow.stages.score import Choice, choose, reads_text
 RECOVERY_PARTS: tuple[Part, ...] = ("recovery", "heldout")  # what it trains on, and what its curve is measured on
 
 
-def check(recipe: Recipe) -> Wish | None:
-    """Refuse what can be refused before a model is read. Raises `InputError`; returns what is asked of the planner."""
-    if recipe.keep is None and recipe.sparsify is None and not (recipe.recover and recipe.recover.tokens):
-        raise SettingsError("a run that changes nothing", "keep, sparsify or recover", "say what is to be done")
+def check_words(recipe: Recipe) -> Wish | None:
+    """Refuse names, patterns and budgets that cannot be, reading no file. Raises `InputError`; returns as `check`."""
     if recipe.keep is not None and recipe.sparsify is not None:
         raise SettingsError(
             f"keep = {recipe.keep} and sparsify in one run",
@@ -47,6 +45,14 @@ def check(recipe: Recipe) -> Wish | None:
         Pattern.parse(recipe.sparsify.pattern)
         ZERO_SPREADS.get(recipe.sparsify.spread)
         sparsify.choose(recipe.sparsify)
+    return wish
+
+
+def check(recipe: Recipe) -> Wish | None:
+    """Refuse what can be refused before a model is read. Raises `InputError`; returns what is asked of the planner."""
+    if recipe.keep is None and recipe.sparsify is None and not (recipe.recover and recipe.recover.tokens):
+        raise SettingsError("a run that changes nothing", "keep, sparsify or recover", "say what is to be done")
+    wish = check_words(recipe)
     if calibrates(recipe):
         documents(recipe.calibration.text, "calibration")
     check_asked(recipe.evaluate)

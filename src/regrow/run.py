@@ -102,11 +102,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
     kept = census(subject) if wish is None else None
     report = Report(
-        model={
-            **{k: v for k, v in subject.source.items() if k != "path"},
-            "holder": done.holder.kind,
-            "holder_note": done.holder.note,
-        },
+        model=_model(subject, done.holder),
         made_by=_made_by(recipe, subject, plan),
         shape={"before": subject.anatomy.dense.to_json(), "after": plan.shape().to_json()},
         before={**sizes(subject.anatomy, subject.anatomy.dense), **sparse_sizes(subject, zeros), **before},
@@ -143,6 +139,11 @@ class _Done:
             return dict(self.files)
         found = replace(self.sparsified, sparsity=kept)
         return {**self.files, "sparsity.json": json.dumps(found.to_json(), indent=1)}
+
+
+def _model(subject: Subject, held: Holder) -> dict[str, Any]:
+    known = {k: v for k, v in subject.source.items() if k != "path"}
+    return {**known, "holder": held.kind, "holder_note": held.note}
 
 
 def _by_layer(subject: Subject, kept: Sparsity | None, errors: Mapping[int, float]) -> tuple[dict[str, float], ...]:
@@ -218,15 +219,19 @@ def calibration(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
     )
 
 
+def _read_by(recipe: Recipe) -> dict[str, Any]:
+    """What decides the calibration blocks of a model."""
+    return {"calibration": recipe.calibration.model_dump(), "text": fingerprint(recipe.calibration.text)}
+
+
 def statistics(subject: Subject, recipe: Recipe) -> Readings:
     """Where readings of this model's dense inputs on this calibration text are kept."""
     made_by = {
         "model": subject.source["fingerprint"],
         "seed": recipe.seed,
         "dtype": recipe.dtype,
-        "calibration": recipe.calibration.model_dump(),
-        "text": fingerprint(recipe.calibration.text),
         "code": cache.code(),
+        **_read_by(recipe),
     }
     return Readings(cache.cache_dir("statistics", cache.key(made_by)), subject.anatomy.sizes["L"])
 
@@ -243,7 +248,7 @@ def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: P
     }
     reads = reads_text(chosen)
     if reads:
-        made_by |= {"calibration": recipe.calibration.model_dump(), "text": fingerprint(recipe.calibration.text)}
+        made_by |= _read_by(recipe)
     code = {"code": cache.code(), "criteria_code": {u: c.criterion.code for u, c in chosen.items()}}
     path = cache.cache_dir("scores") / f"{cache.key({**made_by, **code})}.safetensors"
     record["cached"] = path.exists()
@@ -327,12 +332,15 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     """Train the cut model; returns how it went and the folder of its checkpoints."""
     asked = recipe.recover
     assert asked is not None
+    teacher = None if asked.teacher is None else load(asked.teacher, dtype=recipe.dtype, device=recipe.device)
     inputs = {
         "model": subject.source["fingerprint"],
+        "teacher": None if teacher is None else teacher.source["fingerprint"],
         "plan": plan.to_json(),
         "recover": asked.model_dump(exclude=set(FREE)),
         "sparsify": None if recipe.sparsify is None else recipe.sparsify.model_dump(mode="json"),
-        "calibration": recipe.calibration.model_dump() if recipe.sparsify else None,
+        "calibration": _read_by(recipe) if recipe.sparsify and calibrates(recipe) else None,
+        "code": cache.code(),
         "seed": recipe.seed,
         "dtype": recipe.dtype,
     }
@@ -340,7 +348,6 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     blocks = recovery_text(subject, asked, "recovery", count=asked.tokens, seed=recipe.seed)
     heldout = recovery_text(subject, asked, "heldout", count=HELDOUT_TOKENS, seed=0)
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
-    teacher = None if asked.teacher is None else load(asked.teacher, dtype=recipe.dtype, device=recipe.device)
     found = recover(
         subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
     )
@@ -358,7 +365,14 @@ def _notes_of_folder(subject: Subject, out: Path, recipe: Recipe, kept: Sparsity
         "base": {k: v for k, v in source.items() if k not in ("path", "asked")},
     }
     if kept is not None and kept.sparse:
-        known = source.get("sparsity", {}).get("pattern") or kept.groups
-        asked = recipe.sparsify.pattern if recipe.sparsify else known
-        notes["sparsity"] = {"pattern": asked, "share": kept.share, "mask_hash": kept.mask_hash}
+        asked = recipe.sparsify.pattern if recipe.sparsify else _pattern(source.get("sparsity", {}), kept)
+        layers = [row["zeros"] / row["weights"] for row in _by_layer(subject, kept, {})]
+        notes["sparsity"] = {"pattern": asked, "share": kept.share, "layers": layers, "mask_hash": kept.mask_hash}
     return notes
+
+
+def _pattern(before: Mapping[str, Any], kept: Sparsity) -> str | None:
+    """The pattern that the model had and still has, or the groups that are found."""
+    known = before.get("pattern")
+    whole = known is not None and kept.share >= before["share"] and (":" not in known or kept.groups == known)
+    return known if whole else kept.groups

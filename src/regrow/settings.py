@@ -74,6 +74,7 @@ class Sparsify(_Part):
     )
 
 
+DROPOUT = 0.05  # LLM-Pruner's, for LoRA
 BASE = "base"  # the teacher that is where everything began
 RATES = {"lora": 3e-4, "lora-masked": 3e-4, "spp": 4e-3, "hira": 4e-3, "ia3": 4e-3, "full": 3e-5, "ast": 3e-5}
 """The peak rate of each way to recover. LoRA: LLM-Pruner's. SPP: its paper's; HiRA and IA3 multiply weights as it does,
@@ -113,7 +114,12 @@ class Recover(_Part):
     micro_batch: int = Field(default=4, ge=1, description="sequences in one pass; must divide `batch`")
     rank: int = Field(default=8, ge=1, description="of the adapters (lora)")
     alpha: float = Field(default=16, gt=0, description="adapters are scaled by alpha / rank (lora)")
-    dropout: float = Field(default=0.05, ge=0, lt=1, description="before the adapters (lora)")
+    dropout: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description=f"before the adapters; null = the method's own: {DROPOUT:g} of lora and lora-masked, else 0",
+    )
     checkpointing: bool = Field(default=False, description="less memory for a third more time")
     teacher: str | None = Field(
         default=None,
@@ -121,6 +127,13 @@ class Recover(_Part):
         "base = the model that all steps before began with",
     )
     loss: str = Field(default="forward-kl", description="how far from the teacher; `regrow ls losses`")
+
+    @field_validator("dropout")
+    @classmethod
+    def _own_dropout(cls, dropout: float | None, info: ValidationInfo) -> float:
+        """SPP's fastest form has none."""
+        own = DROPOUT if str(info.data.get("method", "")).startswith("lora") else 0.0
+        return own if dropout is None else dropout
 
     @field_validator("learning_rate")
     @classmethod

@@ -317,13 +317,30 @@ def test_the_cheapest_form_runs(monkeypatch: pytest.MonkeyPatch, dropout: float,
     ran: list[str] = []
     for name, right in list(spp_forward.FORMS.items()):
         monkeypatch.setitem(spp_forward.FORMS, name, lambda *a, name=name, right=right: ran.append(name) or right(*a))
-    assert spp_forward.choose(dropout, tokens) == form
+    weight = torch.empty(M, N, device="meta")
+    assert spp_forward.choose(dropout, tokens, weight) == form
     made = layer(dropout=dropout)
     made(draw(1, tokens, N))
     assert ran == [form]
     made.eval()
     made(draw(1, tokens, N))
-    assert ran[1] == spp_forward.choose(0.0, tokens)
+    assert ran[1] == spp_forward.choose(0.0, tokens, weight)
+
+
+def test_a_matrix_that_is_large_for_the_device_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(1024, 1024)  # two of them take 8 MB in fp32
+    for memory, form in ((600e6, "folded"), (500e6, "lean")):
+        monkeypatch.setattr(spp_forward, "memory_of", lambda _, memory=memory: memory)
+        assert spp_forward.choose(0.0, 1000, weight) == form
+
+
+def test_a_config_serves_many_models() -> None:
+    """The zeros that an adapter belongs to are noted in its own copy."""
+    config = settings(target_modules=["q_proj"])
+    first = get_peft_model(sparse(), config)
+    second = get_peft_model(make("llama"), config)
+    assert config.mask_hash is None
+    assert first.peft_config["default"].mask_hash != second.peft_config["default"].mask_hash
 
 
 # --- merging
@@ -557,11 +574,30 @@ def test_zeros_elsewhere_are_another_model(tmp_path: Path) -> None:
         PeftModel.from_pretrained(other, tmp_path)
 
 
+def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    trained(sparse(), target_modules=["q_proj", "up_proj"]).save_pretrained(tmp_path)
+    other = make("llama")
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    with pytest.raises(SettingsError, match="loaded on a model with zeros"):
+        PeftModel.from_pretrained(other, tmp_path)
+    after = dict(other.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(SettingsError, match="rank 7"):
+        get_peft_model(other, settings(r=7))
+    assert dict(other.named_parameters()).keys() == before.keys()
+    PeftModel.from_pretrained(sparse(), tmp_path)
+
+
 def test_zeros_elsewhere_are_refused_for_a_second_adapter(tmp_path: Path) -> None:
-    trained(sparse(), target_modules=["q_proj"]).save_pretrained(tmp_path)
-    adapted = get_peft_model(make("llama"), settings(target_modules=["up_proj"]))
+    trained(sparse(), target_modules=["q_proj", "up_proj"]).save_pretrained(tmp_path)
+    adapted = trained(make("llama"), target_modules=["up_proj"])
+    before, names = logits(adapted, ids()), [name for name, _ in adapted.named_parameters()]
     with pytest.raises(SettingsError, match="loaded on a model with zeros"):
         adapted.load_adapter(tmp_path, "second")
+    assert [name for name, _ in adapted.named_parameters()] == names
+    assert torch.equal(logits(adapted, ids()), before)
+    adapted.add_adapter("second", settings(target_modules=["q_proj"]))
 
 
 def test_loading_on_a_merged_model_is_no_other_mask(tmp_path: Path) -> None:

@@ -223,14 +223,16 @@ def test_why_a_matrix_does_not_fit() -> None:
                 ("full", sparse(32, 64).index_fill(0, torch.tensor([3]), 1)),
                 ("rows", sparse(48, 64)),
                 ("columns", sparse(32, 96)),
+                ("both", sparse(24, 64)),
                 ("stack", sparse(32, 64).expand(4, 32, 64)),
             ]
         )
     )
     assert found == {
         "full": "some group of four has more than two weights",
-        "rows": "48 x 64 is no multiple of 32 x 64",
-        "columns": "32 x 96 is no multiple of 32 x 64",
+        "rows": "48 x 64 is no multiple of 32 x 64 (CUTLASS)",
+        "columns": "32 x 96 is no multiple of 32 x 64 (CUTLASS)",
+        "both": "24 x 64 is no multiple of 16 x 16 (cuSPARSELt) or 32 x 64 (CUTLASS)",
         "stack": "experts are stacked in one tensor",
     }
 

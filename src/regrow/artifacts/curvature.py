@@ -55,7 +55,10 @@ class Curvature:
         import torch
 
         damping = self.damping or 1e-4
-        for _ in range(STEPS):
+        for step in range(STEPS):
+            if step:
+                damping = self.raised = 10 * damping
+                self.gram = self._damped(damping)
             lower, bad = torch.linalg.cholesky_ex(self.gram.flip(0, 1))
             if not int(bad):
                 eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
@@ -63,8 +66,6 @@ class Curvature:
                 del lower
                 factor: torch.Tensor = torch.linalg.solve_triangular(upper, eye, upper=True, out=eye)
                 return factor
-            damping = self.raised = 10 * damping
-            self.gram = self._damped(damping)
         raise BrokenModel(
             f"the inputs' Gram matrix is singular even with a damping of {damping:g}",
             "finite, varied inputs",

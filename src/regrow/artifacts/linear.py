@@ -1,16 +1,17 @@
 """What a solver is given, one linear at a time, and what it returns; and the decorator that registers one.
 
-Solvers chain: each starts from the weights and the mask that the one before left. What this gives up: errors of one
+Solvers chain: the first starts from what the criterion gives, each other from the mask that the one before left, and
+some from its weights too. What this gives up: errors of one
 linear that another could make up for.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from regrow.artifacts.mask import Within, lowest
 from regrow.artifacts.pattern import Pattern
@@ -81,21 +82,35 @@ class Lowest(Sparse):
         return self.task.weight.masked_fill(self.gone, 0)
 
 
+Mask = Literal["keeps", "moves", "chooses"]
+"""What a solver does to the mask it is given; `chooses` makes one of its own, unless its option `hold` is set."""
+Takes = Literal["mask", "weights"]
+"""What a solver takes from the one before it: its mask alone, when weights are found anew, or its weights too."""
+
+
 @dataclass(frozen=True, slots=True)
 class Solver:
     name: str
-    sees: str  # nothing, inputs or gram
+    sees: str  # nothing, inputs, moments or gram
+    mask: Mask
+    takes: Takes
     start: str  # the criterion whose mask it starts from when none is named
     paper: str
     about: str
     solve: Callable[..., Sparse]  # (Linear, Sparse, **options)
     options: dict[str, Any]
 
+    def moves(self, options: Mapping[str, Any]) -> bool:
+        """Whether the mask it leaves may be another than it was given."""
+        return self.mask == "moves" or (self.mask == "chooses" and not options.get("hold"))
+
 
 SOLVERS: Registry[Solver] = Registry("solver", "regrow.solvers")
 
 
-def solver(*, sees: str, start: str, paper: str) -> Callable[[Callable[..., Sparse]], Callable[..., Sparse]]:
+def solver(
+    *, sees: str, mask: Mask = "keeps", takes: Takes = "weights", start: str, paper: str
+) -> Callable[[Callable[..., Sparse]], Callable[..., Sparse]]:
     """Register a pure function `(Linear, Sparse, **options) -> Sparse` under its name."""
 
     def register(function: Callable[..., Sparse]) -> Callable[..., Sparse]:
@@ -104,7 +119,7 @@ def solver(*, sees: str, start: str, paper: str) -> Callable[[Callable[..., Spar
             raise TypeError(f"solver {name!r} has no docstring: say in one line what it does")
         options = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[2:]}
         about = function.__doc__.strip().splitlines()[0]
-        SOLVERS.add(name, Solver(name, sees, start, paper, about, function, options))
+        SOLVERS.add(name, Solver(name, sees, mask, takes, start, paper, about, function, options))
         return function
 
     return register

@@ -19,14 +19,19 @@ def diff(
     one: Path_,
     other: Path_,
     weights: Annotated[
-        bool, typer.Option("--weights", help="of two folders: are the zeros of the first kept?")
+        bool,
+        typer.Option(
+            "--weights",
+            help="of two folders: are the zeros of the first kept? (what is compared when one has no report)",
+        ),
     ] = False,
     _seed: o.NoSeed = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Compare two plans (units kept by one only), two reports (measures after), or the zeros of two checkpoints."""
-    if all((p / "config.json").is_file() and not (p / "report.json").is_file() for p in (one, other)) or weights:
+    folders = all((p / "config.json").is_file() for p in (one, other))
+    if weights or (folders and not all((p / "report.json").is_file() for p in (one, other))):
         rows, columns, data = checkpoints(one, other)
         if as_json:
             console.emit(data)

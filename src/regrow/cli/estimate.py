@@ -9,6 +9,7 @@ import typer
 from regrow.cli import console
 from regrow.cli import options as o
 from regrow.cli.prune import present
+from regrow.cli.run import assignment, put
 
 
 def estimate(
@@ -19,6 +20,7 @@ def estimate(
     axes: Annotated[str | None, typer.Option(help="of neuron,group,head,channel,layer")] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="the same widths in every layer")] = False,
     recover_tokens: Annotated[int | None, typer.Option(help="tokens of recovery; 0 for none")] = None,
+    override: o.Override = None,
     gflops: Annotated[
         float | None, typer.Option(help="speed to reckon with; measured for a second unless given")
     ] = None,
@@ -31,16 +33,22 @@ def estimate(
     from regrow.settings import find_recipe, overlay, parse, read_recipe
 
     main, others = o.criteria(criterion)
+    data = read_recipe(find_recipe(recipe))
+    sparse = data.get("sparsify") is not None
     flags = present(
         model=model,
         keep=keep,
-        criterion=main,
+        criterion=None if sparse else main,
         criteria=others or None,
+        sparsify=(present(criterion=main) or None) if sparse else None,
         axes=o.names(axes),
         uniform=uniform or None,
         recover=present(tokens=recover_tokens) or None,
     )
-    settings = parse(overlay(read_recipe(find_recipe(recipe)), flags), recipe)
+    data = overlay(data, flags)
+    for item in override or []:
+        data = put(data, *assignment(item))
+    settings = parse(data, recipe)
     console.hush()
     from regrow.dryrun import dry_run
 

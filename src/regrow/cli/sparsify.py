@@ -72,7 +72,11 @@ def sparsify(
         name="sparsify",
         model=model,
         sparsify=asked,
-        calibration=present(text=calibration, tokens=calibration_tokens or TOKENS, block=calibration_block or BLOCK),
+        calibration=present(
+            text=calibration,
+            tokens=TOKENS if calibration_tokens is None else calibration_tokens,
+            block=BLOCK if calibration_block is None else calibration_block,
+        ),
         evaluate=present(tasks=o.names(tasks), limit=limit, speed=speed) | measured_text(text),
         seed=seed,
         device=device,

@@ -231,10 +231,10 @@ def storage_dtype(folder: Path) -> torch.dtype:
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter to a storage type and back, in place, a piece at a time."""
+    """Round every parameter to a storage type and back, in place, a piece at a time; what vanishes is +0."""
     for parameter in model.parameters():
         for piece in _pieces(parameter):
-            piece.copy_(piece.to(dtype))
+            piece.copy_(piece.to(dtype)).add_(0.0)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow.artifacts.linear import Inputs
+from regrow.engines.walk import check_finite
 from regrow.errors import UnsupportedModel
 
 FUSED = ("gate_up_proj", "down_proj")  # parameters (experts, outputs, inputs) of a fused experts module
 STRIPE = 192  # columns of a Gram matrix that are computed together: only what lies on or above the diagonal
-SAME = 1e-4  # our own run through the experts and the model's differ by no more of their scale
+SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Of the outputs' scale: how far our own run through the experts and the model's may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class Reading:
     """Sums over the inputs of one site: of squares always, of means and products when asked."""
 
     def __init__(self, channels: int, sees: str, device: torch.device) -> None:
-        wide = partial(torch.zeros, channels, dtype=torch.float64, device=device)
+        self.wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+        wide = partial(torch.zeros, channels, dtype=self.wide, device=device)
         self.tokens = 0
         self.squares, self.mean, self.spread = wide(), wide(), wide()  # (n,)
         self.moments = sees in ("moments", "all")
@@ -60,9 +63,9 @@ class Reading:
             for a, part in zip(range(0, x.shape[1], STRIPE), _stripes(self.products), strict=True):
                 part.addmm_(x[:, a : a + STRIPE].T, x[:, a:])
         else:
-            self.squares += torch.linalg.vector_norm(x, dim=0).double().square()
+            self.squares += torch.linalg.vector_norm(x, dim=0).to(self.wide).square()
         if self.moments:  # Chan's formula: the means of two batches differ
-            variance, mean = (v.double() for v in torch.var_mean(x, 0, correction=0))
+            variance, mean = (v.to(self.wide) for v in torch.var_mean(x, 0, correction=0))
             total, gap = self.tokens + len(x), mean - self.mean
             self.spread += len(x) * (variance + gap.square() * self.tokens / total)
             self.mean += gap * len(x) / total
@@ -72,7 +75,7 @@ class Reading:
         """The whole matrix, mirrored in place; the squares are kept, the reading is used up."""
         assert self.products is not None
         gram, self.products = self.products, None
-        self.squares = gram.diagonal().double()
+        self.squares = gram.diagonal().to(self.wide)
         for a in range(0, len(gram), STRIPE):
             b = a + STRIPE
             gram[b:, a:b] = gram[a:b, b:].T
@@ -82,7 +85,7 @@ class Reading:
         """Everything that was added up; of the products the upper stripes, one after the other."""
         found = {"tokens": torch.tensor(self.tokens), "squares": self.squares, "mean": self.mean, "spread": self.spread}
         if self.products is not None:
-            found["squares"] = self.products.diagonal().double()
+            found["squares"] = self.products.diagonal().to(self.wide)
             found["products"] = torch.cat([part.flatten() for part in _stripes(self.products)])
         return found
 
@@ -136,12 +139,13 @@ def is_experts(module: nn.Module) -> bool:
 class Observer:
     """Reads the linears of a block whenever it runs, by site; linears with one input share one object.
 
-    `sees` is `inputs`, `moments`, `gram` or `all`. With `routed`, inputs of an expert are weighted by its router. A run
-    under `remembering` is not counted: its inputs are kept as what the dense model reads, for the next run.
+    `sees` is `inputs`, `moments`, `gram` or `all`; `sites` are read alone when they are given. With `routed`, inputs of
+    an expert are weighted by its router. A run under `remembering` is not counted: its inputs are kept as what the
+    dense model reads, for the next run.
     """
 
-    def __init__(self, block: nn.Module, sees: str, routed: bool = False) -> None:
-        self.block, self.sees, self.routed = block, sees, routed
+    def __init__(self, block: nn.Module, sees: str, routed: bool = False, sites: Collection[str] | None = None) -> None:
+        self.block, self.sees, self.routed, self.sites = block, sees, routed, sites
         self.readings: dict[str, Reading] = {}
         self.fresh: dict[int, tuple[Tensor, str]] = {}  # inputs of this run, kept so that no address is used twice
         self.dense: dict[str, Tensor] = {}
@@ -151,8 +155,9 @@ class Observer:
     def __enter__(self) -> Observer:
         for path, module in self.block.named_modules():
             if isinstance(module, nn.Linear):
-                self.handles.append(module.register_forward_pre_hook(partial(self._linear, path)))
-            elif is_experts(module):
+                if self.sites is None or path in self.sites:
+                    self.handles.append(module.register_forward_pre_hook(partial(self._linear, path)))
+            elif is_experts(module) and (self.sites is None or any(s.startswith(f"{path}.") for s in self.sites)):
                 self.handles.append(module.register_forward_hook(partial(self._experts, path)))
         self.handles.append(self.block.register_forward_hook(self._end))
         return self
@@ -210,7 +215,8 @@ def _read_experts(
         found.index_add_(0, tokens, nn.functional.linear(middle, module.down_proj[e]) * router)
         take(FUSED[0], e, inner * router if routed else inner)
         take(FUSED[1], e, middle * router if routed else middle)
-    if not (found - output).abs().max() <= SAME * output.abs().max():
+    check_finite(f"outputs of {type(module).__name__}", output)
+    if not (found - output).abs().max() <= SAME[output.dtype] * output.abs().max():
         raise UnsupportedModel(
             f"{type(module).__name__} computes something else than gated experts",
             "experts as in Mixtral and Qwen3-MoE: down(act(gate x) * up x), weighted by the router",

@@ -43,6 +43,11 @@ class Method:
     keep_zeros: bool = False  # what is zero before stays zero
 
     @property
+    def mends(self) -> bool:
+        """Whether the dense model's stream is run beside: a target is only found with a Gram matrix."""
+        return self.inputs == "both" and self.sees in ("gram", "all")
+
+    @property
     def sees(self) -> str:
         """What the parts ask for together: nothing, inputs, moments, gram, or all (the last two)."""
         asked = {self.criterion.sees, *(solver.sees for solver, _ in self.solvers)}
@@ -98,11 +103,12 @@ def sparsify(
     read = blocks is not None and method.sees != "nothing"
     ready = kept if read and kept is not None and kept.holds(method.sees, routed) else None
     stream, calls = (None, []) if blocks is None or not read or ready else _enter(model, layers, blocks)
-    dense = stream.clone() if stream is not None and method.inputs == "both" else None
+    dense = stream.clone() if stream is not None and method.mends else None
     for i, layer in enumerate(layers):
         readings = {} if ready is None else ready.load(i, method.sees, routed, model.device)
         if stream is not None:
-            with Observer(layer, method.sees, routed) as observer:
+            sites = None if kept is not None else {matrix.site for matrix in chosen[i]}
+            with Observer(layer, method.sees, routed, sites) as observer:
                 _read(layer, stream, dense, calls[i], observer, keep=method.inputs == "dense")
             readings = observer.readings
             if kept is not None:

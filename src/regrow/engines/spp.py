@@ -8,6 +8,7 @@ weights, and linears whose rows the rank does not divide.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ class Linear(nn.Module, SppLayer):
         dropout = self.dropout[name] if self.training else 0.0
         form = self.form[name]
         if form == "auto":
-            form = spp_forward.choose(dropout, x.numel() // x.shape[-1])
+            form = spp_forward.choose(dropout, x.numel() // x.shape[-1], self.base_layer.weight)
         dropped = nn.functional.dropout(x, dropout) if dropout else x
         weight, alpha, beta = self.base_layer.weight, self.spp_alpha[name], self.spp_beta[name]
         if not torch.is_autocast_enabled(x.device.type):
@@ -202,16 +203,32 @@ class SppModel(BaseTuner):  # type: ignore[misc]
         }
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """The adapter remembers the zeros it was made for. Raises `SettingsError` on a model with others."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config, found = self.peft_config[adapter_name], mask_hash(model, adapter_name)
-        if config.mask_hash not in (None, found):
-            raise SettingsError(
-                f"an SPP adapter trained on zeros {config.mask_hash}, loaded on a model with zeros {found}",
-                "the sparse model that it was trained on",
-                "load that model, or train the adapter anew",
-            )
-        config.mask_hash = found
+        """The adapter remembers the zeros it was made for. Raises `SettingsError` on a model with others, or a rank
+        that does not divide, and leaves the model as it was."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config, found = self.peft_config[adapter_name], mask_hash(model, adapter_name)
+            if config.mask_hash not in (None, found):
+                raise SettingsError(
+                    f"an SPP adapter trained on zeros {config.mask_hash}, loaded on a model with zeros {found}",
+                    "the sparse model that it was trained on",
+                    "load that model, or train the adapter anew",
+                )
+        except SettingsError:
+            withdraw(model, adapter_name)
+            raise
+        self.peft_config[adapter_name] = copy.copy(config)  # the caller's may serve another model
+        self.peft_config[adapter_name].mask_hash = found
+
+
+def withdraw(model: nn.Module, adapter: str) -> None:
+    """Take an adapter off, and what held it off every linear that has no other."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and adapter in module.spp_alpha:
+            cast(Any, module).delete_adapter(adapter)
+            if not module.spp_alpha:
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, module.base_layer)
 
 
 def mask_hash(model: nn.Module, adapter: str) -> str:

@@ -1,14 +1,15 @@
-"""Three forwards of one SPP linear, equal in outputs and gradients: y = W x + b + s (A beta W) D(x).
+"""Three forwards of one SPP linear, equal but for rounding: y = W x + b + s (A beta W) D(x).
 
 W (m, n) is frozen and sparse; alpha (r, n) and beta (m,) are trained; row i uses row floor(i r / m) of alpha. What this
 gives up: gradients of W itself; whoever tunes W needs no adapter.
 
 form          products    kept for the backward pass    beside that
 checkpointed  12 m n T    x, D(x)                       three matrices m x n, for a moment
-lean           8 m n T    D(x)                          nothing of size m x n; with dropout 10 m n T
+lean           8 m n T    D(x)                          m n / r, for a moment; with dropout 10 m n T
 folded         6 m n T    x                             two matrices m x n, for a moment; no dropout
 
-The published lean form keeps a stream of width m beside D(x).
+The published lean form keeps a stream of width m beside D(x). A 16-bit weight is rounded by the folded form as a merge
+would round it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regrow.engines.room import memory_of
 from regrow.errors import SettingsError
 
 FEW = 8  # tokens below which nothing is folded: building a matrix would cost more than using it
+ROOM = 1 / 64  # of the device's memory: the most that the folded form's matrices may take
 
 
 def check_rank(rank: int, outputs: Mapping[str, int]) -> None:
@@ -46,9 +49,13 @@ def delta(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor: 
     return added.flatten(0, 1)
 
 
-def choose(dropout: float, tokens: int) -> str:
-    """The form that costs least: folded where it can be, lean under dropout and for a few tokens."""
-    return "lean" if dropout or tokens < FEW else "folded"
+def choose(dropout: float, tokens: int, weight: Tensor) -> str:
+    """The form that costs least: folded, but lean under dropout, for a few tokens, and where a matrix is large.
+
+    What is large hangs on the device, not on what is free at the moment, so that equal runs take equal forms.
+    """
+    matrices = 2 * 4 * weight.numel()  # bytes, fp32
+    return "lean" if dropout or tokens < FEW or matrices > ROOM * memory_of(weight.device) else "folded"
 
 
 def checkpointed(
@@ -66,8 +73,8 @@ def checkpointed(
 def lean(
     x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
 ) -> Tensor:
-    """One thin product for each run of rows; nothing of size m x n, and nothing of width m is kept."""
-    return _made(_by_runs, len(alpha), x, None if dropped is x else dropped, weight, bias, alpha, beta, scale)
+    """One thin product for each run of rows; nothing larger than a run's weights, and nothing of width m is kept."""
+    return _made(x, None if dropped is x else dropped, weight, bias, alpha, beta, (scale, True))
 
 
 def folded(
@@ -80,54 +87,48 @@ def folded(
     scale: float,
 ) -> Tensor:
     """One product with the adapted weight, made on the way and not kept; there is no dropout."""
-    return _made(_at_once, 1, x, None, weight, bias, alpha, beta, scale)
+    return _made(x, None, weight, bias, alpha, beta, (scale, False))
 
 
-def _by_runs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, read: Tensor
-) -> Tensor:
-    runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
-    added = torch.cat([F.linear(read * a, w) for a, w in runs], -1)  # (..., m)
-    return F.linear(x, weight, bias) + scale * beta * added
-
-
-def _at_once(
-    x: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float, _: Tensor
-) -> Tensor:
-    return F.linear(x, weight + delta(weight, alpha, beta, scale).to(weight.dtype), bias)
-
-
-def _made(product: Callable[..., Tensor], parts: int, x: Tensor, dropped: Tensor | None, *given: Any) -> Tensor:
-    return _Adapted.apply(product, parts, x, dropped, *given)  # type: ignore[no-untyped-call,no-any-return]
+def _made(*given: Any) -> Tensor:
+    return _Adapted.apply(*given)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Adapted(torch.autograd.Function):
-    """`product` without a graph, and its gradients in `parts` of the rows; `dropped` is None without dropout."""
+    """Outputs without a graph, and gradients run by run or of all rows at once: `how` is (scale, run by run).
+
+    `dropped` is None without dropout.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        product: Callable[..., Tensor],
-        parts: int,
         x: Tensor,
         dropped: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         alpha: Tensor,
         beta: Tensor,
-        scale: float,
+        how: tuple[float, bool],
     ) -> Tensor:
         read = x if dropped is None else dropped
         ctx.save_for_backward(read, weight, alpha, beta)
-        ctx.whole, ctx.scale, ctx.parts = dropped is None, scale, parts
-        return product(x, weight, bias, alpha, beta, scale, read)
+        ctx.whole, (ctx.scale, apart) = dropped is None, how
+        ctx.parts = len(alpha) if apart else 1
+        if not apart:
+            whole: Tensor = F.linear(x, weight + delta(weight, alpha, beta, ctx.scale).to(weight.dtype), bias)
+            return whole
+        runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
+        added = torch.cat([F.linear(read * a, w) for a, w in runs], -1)  # (..., m)
+        y: Tensor = F.linear(x, weight, bias) + ctx.scale * beta * added
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         read, weight, alpha, beta = ctx.saved_tensors  # read (..., n): x, or what dropout left of it
         (grad,) = grads  # (..., m), under autocast in another type than x and the weight
-        back = torch.zeros_like(read) if ctx.needs_input_grad[2] else None
-        through = torch.zeros_like(read) if ctx.needs_input_grad[3] else None  # what was dropped
+        back = torch.zeros_like(read) if ctx.needs_input_grad[0] else None
+        through = torch.zeros_like(read) if ctx.needs_input_grad[1] else None  # what was dropped
         downs, ups = torch.empty_like(alpha), torch.empty_like(beta)  # (r, n), (m,)
         rows = read.flatten(0, -2).to(grad.dtype)  # (T, n)
         trained = zip(alpha.chunk(ctx.parts), beta.chunk(ctx.parts), strict=True)
@@ -145,8 +146,8 @@ class _Adapted(torch.autograd.Function):
             runs = outer.view(len(a), -1, outer.shape[1]).to(a.dtype)
             up.copy_(torch.einsum("kin,kn->ki", runs, a).flatten())
             down.copy_(torch.einsum("kin,ki->kn", runs, b.view(len(a), -1)))
-        push = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None  # (m,)
-        return None, None, back, through, None, push, downs, ups, None
+        push = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None  # (m,)
+        return back, through, None, push, downs, ups, None
 
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]

@@ -20,7 +20,9 @@ from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.sparsity import GROUPS, Sparsity, Zeros
 from regrow.errors import BrokenModel
 
-LEAST_ROWS, LEAST_COLUMNS = 32, 64  # what torch's semi-structured kernels ask of a 16-bit matrix
+KERNELS = {"cuSPARSELt": (16, 16), "CUTLASS": (32, 64)}
+"""Rows and columns of a 16-bit matrix are multiples of these for torch's semi-structured kernels; it takes the first
+where it is installed (torch/sparse/semi_structured.py)."""
 APART: dict[str, tuple[tuple[str, ...], ...]] = {
     "mlp.experts.gate_up_proj": (
         ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
@@ -113,7 +115,7 @@ def _apart(name: str, where: Mapping[str, Path]) -> list[Tensor]:
 
 
 def semi_structured(sparsity: Sparsity) -> dict[str, str]:
-    """Why torch's 2:4 kernels on NVIDIA cannot use a matrix, by name; those they can use are not listed."""
+    """Why some of torch's 2:4 kernels on NVIDIA cannot use a matrix, by name; those that all can use are not listed."""
     found = {}
     for matrix in sparsity.matrices:
         rows, columns = matrix.shape[-2:]
@@ -121,8 +123,10 @@ def semi_structured(sparsity: Sparsity) -> dict[str, str]:
             found[matrix.name] = "some group of four has more than two weights"
         elif len(matrix.shape) > 2:
             found[matrix.name] = "experts are stacked in one tensor"
-        elif rows % LEAST_ROWS or columns % LEAST_COLUMNS:
-            found[matrix.name] = f"{rows} x {columns} is no multiple of {LEAST_ROWS} x {LEAST_COLUMNS}"
+        else:
+            unfit = [f"{a} x {b} ({kernel})" for kernel, (a, b) in KERNELS.items() if rows % a or columns % b]
+            if unfit:
+                found[matrix.name] = f"{rows} x {columns} is no multiple of {' or '.join(unfit)}"
     return found
 
 

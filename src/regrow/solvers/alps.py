@@ -12,10 +12,11 @@ from regrow.artifacts.linear import Linear, Sparse, solver
 EVERY = 3  # steps between two looks at the mask
 EARLY, SETTLED = 30, 3e-4  # after so many steps, stop when no more than this share of the mask moved
 LARGEST = 1e6  # penalty
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share of the mask that moved more than, penalty grows by)
+SMALL = 0.005
+GROWTH = ((0.1, 1.3), (SMALL, 1.2), (0.0, 1.1))  # (share of the mask that moved more than, penalty grows by)
 
 
-@solver(sees="gram", start="wanda", paper="arXiv:2406.07831 (ALPS)")
+@solver(sees="gram", mask="chooses", takes="weights", start="wanda", paper="arXiv:2406.07831 (ALPS)")
 def alps(
     task: Linear, start: Sparse, steps: int = 300, penalty: float = 0.1, polish: int = 10, hold: bool = False
 ) -> Sparse:
@@ -27,11 +28,12 @@ def alps(
     target = task.weight * scale  # (m, n)
     pull = ((target @ vectors) * values) @ vectors.T  # target times the scaled Gram matrix
     split, dual, grown = target, torch.zeros_like(target), False
-    gone = before = task.lowest(split.abs(), "matrix")
+    alive = ~task.curvature.dead
+    gone = before = task.lowest(split.abs() * alive, "matrix")
     for step in range(1, steps + 1):
         weight = (((pull - dual + penalty * split) @ vectors) / (values + penalty)) @ vectors.T
         aim = weight + dual / penalty
-        gone = task.lowest(aim.abs(), "matrix")
+        gone = task.lowest(aim.abs() * alive, "matrix")
         split = aim.masked_fill(gone, 0)
         dual = dual + penalty * (weight - split)
         if step % EVERY:
@@ -40,7 +42,7 @@ def alps(
         before = gone
         if (step > EARLY and moved < SETTLED) or (moved == 0 and grown):
             break
-        if moved == 0:
+        if moved <= SMALL and not grown:  # it began too stiff
             penalty, split, dual = penalty / 5, target, torch.zeros_like(target)
         else:
             grown = True

@@ -11,19 +11,21 @@ import torch
 from regrow.artifacts.linear import Linear, Sparse, solver
 
 
-@solver(sees="moments", start="wanda", paper="arXiv:2310.08915 (DSnoT)")
+@solver(sees="moments", mask="moves", takes="mask", start="wanda", paper="arXiv:2310.08915 (DSnoT)")
 def dsnot(task: Linear, start: Sparse, cycles: int = 50, threshold: float = 0.1, power: float = 1.0) -> Sparse:
     """Grows what explains the missing mean best and prunes what is worth least, up to `cycles` swaps a row."""
     assert task.inputs is not None
     share = task.weight * task.inputs.sums  # (m, n) what each weight adds to the mean output of a sequence
-    tiny = torch.finfo(share.dtype).tiny
-    worth = share / task.inputs.variance.clamp_min(tiny).pow(power)
+    limits = torch.finfo(share.dtype)
+    worth = share / task.inputs.variance.clamp_min(limits.tiny).pow(power)
+    worth = worth.clamp(limits.min, limits.max)  # a constant input explains most, and must stay apart from infinity
+    wanda = task.weight.abs() * task.inputs.squares.sqrt()  # whatever chose the start
     gone, rows = start.gone.clone(), torch.arange(len(share), device=share.device)
     error = (share * gone).sum(1)  # (m,) mean output that is missing
     away = start.gone if task.empty is None else start.gone & ~task.empty  # (m, n) what may return
     grow = _orders(torch.stack([worth, -worth]), away.expand(2, -1, -1))  # for an error above, below zero
     signed = torch.stack([share < 0, share > 0]) & ~start.gone  # (2, m, n) what lowers an error above, raises one below
-    prune = _orders(-task.scores.expand(2, -1, -1), signed)
+    prune = _orders(-wanda.expand(2, -1, -1), signed)
     grown, pruned = torch.zeros(2, len(rows)).to(rows), torch.zeros(2, len(rows)).to(rows)  # pointers into the orders
     going = torch.ones_like(rows, dtype=torch.bool)
     for _ in range(cycles):

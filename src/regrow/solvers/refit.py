@@ -7,7 +7,7 @@ from regrow.artifacts.least_squares import conjugate_gradients
 from regrow.artifacts.linear import Linear, Sparse, solver
 
 
-@solver(sees="gram", start="sparsegpt", paper="arXiv:2406.07831 (ALPS, its last step)")
+@solver(sees="gram", mask="keeps", takes="weights", start="sparsegpt", paper="arXiv:2406.07831 (ALPS, its last step)")
 def refit(task: Linear, start: Sparse, steps: int = 20, tolerance: float = 1e-4) -> Sparse:
     """Kept weights go towards the least-squares optimum on the mask as it is, from where they are."""
     assert task.curvature is not None

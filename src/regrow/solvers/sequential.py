@@ -24,13 +24,13 @@ ROWS = 64  # rows whose joint removals are solved together
 Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weights (m, b), gone (m, b), errors (m, b)
 
 
-@solver(sees="gram", start="sparsegpt", paper="arXiv:2301.00774 (SparseGPT)")
+@solver(sees="gram", mask="chooses", takes="mask", start="sparsegpt", paper="arXiv:2301.00774 (SparseGPT)")
 def update(task: Linear, start: Sparse, hold: bool = False) -> Sparse:
     """SparseGPT: weights go one after the other, each made up for by the inputs after it."""
     return _sweep(task, start, joint=False, hold=hold)
 
 
-@solver(sees="gram", start="sparsegpt", paper="arXiv:2410.15567 (MRP)")
+@solver(sees="gram", mask="chooses", takes="mask", start="sparsegpt", paper="arXiv:2410.15567 (MRP)")
 def mrp(task: Linear, start: Sparse, hold: bool = False) -> Sparse:
     """The weights of a block go at once; of N:M groups every subset is tried before (unless `hold`)."""
     return _sweep(task, start, joint=True, hold=hold)
@@ -55,7 +55,8 @@ def _sweep(task: Linear, start: Sparse, *, joint: bool, hold: bool) -> Sparse:
         if pattern.of and chooses:
             score = None if rescore is None else (lambda w, at, a=a: rescore(w, slice(a + at, a + at + w.shape[1])))
             whole = part.clone()
-            part, gone[:, here], error = _by_groups(part, own, pattern, score, joint, empty[:, here])
+            dead = task.curvature.dead[here]
+            part, gone[:, here], error = _by_groups(part, own, pattern, score, empty[:, here], dead if joint else None)
             if joint:  # the masks of the block are known now: remove them together, which is better still
                 part, error = _at_once(whole, gone[:, here], own)
         else:
@@ -131,12 +132,12 @@ def _by_groups(
     own: torch.Tensor,
     pattern: Pattern,
     score: Callable[[torch.Tensor, int], torch.Tensor] | None,
-    joint: bool,
     empty: torch.Tensor,  # (m, b) bool
+    dead: torch.Tensor | None,  # (b,) bool: weigh the exact joint loss of every subset, in which these count nothing
 ) -> Chosen:
     """N:M with the mask chosen on the way, group by group: by scores, or by the exact joint loss of every subset of
     those that take as much of what is empty as they can."""
-    size, out = pattern.of, pattern.of - pattern.keep
+    size, out, joint = pattern.of, pattern.of - pattern.keep, dead is not None
     starts = range(0, part.shape[1], size)
     gone, error = torch.zeros_like(part, dtype=torch.bool), torch.zeros_like(part)
     blocks = torch.stack([own[a : a + size, a : a + size] for a in starts])  # (g, M, M)
@@ -156,8 +157,9 @@ def _by_groups(
     for g, a in enumerate(starts):
         here = slice(a, a + size)
         w = part[:, here]  # (m, M)
-        if joint:
-            cost = ((w @ costs[g]).view(len(w), -1, size) * w[:, None]).sum(-1)  # (m, S)
+        if dead is not None:
+            alive = w.masked_fill(dead[here], 0)
+            cost = ((alive @ costs[g]).view(len(w), -1, size) * alive[:, None]).sum(-1)  # (m, S)
         else:
             assert score is not None
             cost = score(w, a) @ subsets.to(w).T

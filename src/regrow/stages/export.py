@@ -13,6 +13,8 @@ from typing import Any
 from regrow.engines import checkpoint
 from regrow.engines.bind import Subject
 from regrow.engines.hetero import Holder
+from regrow.engines.zeros import of_model
+from regrow.errors import IdentityError
 
 
 def export(subject: Subject, holder: Holder, out: Path, files: Mapping[str, str], base: Mapping[str, Any]) -> None:
@@ -31,3 +33,20 @@ def export(subject: Subject, holder: Holder, out: Path, files: Mapping[str, str]
             (folder / name).write_text(text, encoding="utf-8")
         del subject.model
         subject.model = checkpoint.reread(folder, reference, ids, device, dtype)
+        if "sparsity" in base:
+            check_zeros(subject, base["sparsity"]["mask_hash"])
+
+
+def check_zeros(subject: Subject, mask_hash: str) -> None:
+    """Raise `IdentityError` unless the zeros of the model are those of the hash, bit for bit, and none is -0."""
+    found = of_model(subject.model, subject.anatomy)
+    parameters = dict(subject.model.named_parameters())
+    negative = [
+        m.name for m in found.matrices if bool((parameters[m.name].signbit() & (parameters[m.name] == 0)).any())
+    ]
+    if found.mask_hash != mask_hash or negative:
+        raise IdentityError(
+            f"-0 in {negative[0]}" if negative else f"zeros on disk {found.mask_hash}, in memory {mask_hash}",
+            "the same zeros, each of them +0",
+            "nothing was written; please report it",
+        )

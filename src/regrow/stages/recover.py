@@ -68,7 +68,9 @@ def recover(
     adapted = settings.method not in WHOLE
     if adapted:
         kind = settings.method.removesuffix("-masked")
-        model = add_adapters(model, kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=seed)
+        model = add_adapters(
+            model, kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout or 0.0, seed=seed
+        )
     with zeros:
         result = train(model, text, numbers, folder=folder, loss=goal, heldout=heldout, progress=progress)
     notes = _little(moved(model, subject.store), subject) if adapted else ()

@@ -5,7 +5,7 @@ What this gives up: speed and size; zeros in a dense checkpoint cost what other 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,8 @@ def choose(settings: Sparsify) -> Method:
     """The method that settings name. Raises `UnknownName`, `SettingsError` for an option that nobody has."""
     criterion, solvers = _named(settings.criterion)
     if settings.solver:
-        solvers = tuple(SOLVERS.get(name) for name in settings.solver)
+        named = tuple(SOLVERS.get(name) for name in settings.solver)
+        solvers = named if settings.criterion in WEIGHT_CRITERIA.names() else (*solvers, *named)
     known = {option for solver in solvers for option in solver.options}
     for option in settings.options:
         if option not in known:
@@ -78,15 +79,34 @@ def choose(settings: Sparsify) -> Method:
             "inputs = dense: what a block reads behind pruned ones holds for one pattern only",
             "read dense inputs, or keep no statistics",
         )
-    chosen = tuple((s, {k: v for k, v in settings.options.items() if k in s.options}) for s in solvers)
     return Method(
         criterion,
-        chosen,
+        tuple(_chain(solvers, settings.options)),
         damping=settings.damping,
         inputs=settings.inputs,
         mend=settings.mend,
         keep_zeros=settings.existing == "keep",
     )
+
+
+def _chain(solvers: Sequence[Solver], options: Mapping[str, Any]) -> Iterator[tuple[Solver, Mapping[str, Any]]]:
+    """Each with its options; all but the first keep the mask that they are given.
+
+    Raises `SettingsError` when one would leave nothing that the next takes up.
+    """
+    before: tuple[Solver, Mapping[str, Any]] | None = None
+    for solver in solvers:
+        own = {name: value for name, value in options.items() if name in solver.options}
+        if before is not None and "hold" in solver.options:
+            own["hold"] = True
+        if before is not None and solver.takes == "mask" and not before[0].moves(before[1]):
+            raise SettingsError(
+                f"solver {before[0].name!r} before {solver.name!r}, which finds all weights anew",
+                "solvers that go on with weights (refit, alps) after it, or one that moves the mask before",
+                f"leave {before[0].name} out, or change their order",
+            )
+        before = (solver, own)
+        yield before
 
 
 def _check_values(solver: Solver, options: Mapping[str, Any]) -> None:
@@ -172,6 +192,12 @@ def apply(
     checkpoint.round_to(subject.model, subject.store)
     found = zeros.of_model(subject.model, subject.anatomy)
     notes = [f"{m.name}: {m.note}" for m in done if m.note]
+    dense = sum(m.zeros for m in found.matrices if left_out(m.name.removesuffix(".weight"), settings.leave))
+    vanished = found.zeros - dense - sum(m.zeros for m in done)
+    if vanished:
+        notes.append(
+            f"{vanished:,} kept weights are too small for {str(subject.store).removeprefix('torch.')}: zero too"
+        )
     return Sparsified(asked, tuple(patterns), tuple(done), found, tuple(notes))
 
 
