@@ -1,0 +1,173 @@
+"""The stage that makes zeros: which chains of solvers make sense, what counts as sparse already, what rounding adds."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from regrow.artifacts.curvature import Curvature
+from regrow.artifacts.linear import SOLVERS, Inputs, Lowest, Sparse
+from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.sparsity import SPARSE
+from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
+from regrow.engines import checkpoint
+from regrow.engines.bind import Subject
+from regrow.engines.hetero import Holder
+from regrow.engines.sparsify import task_of
+from regrow.engines.zeros import of_model, prunable
+from regrow.errors import IdentityError, SettingsError
+from regrow.settings import Sparsify
+from regrow.stages import sparsify
+from regrow.stages.export import export
+from regrow.stages.load import load
+
+
+@pytest.fixture
+def sprout(sprout_dir: Path) -> Subject:
+    return load(str(sprout_dir))
+
+
+def problem(criterion: str = "sparsegpt") -> Any:
+    source = torch.Generator().manual_seed(3)
+    x = torch.randn(200, 32, generator=source, dtype=torch.float64) @ torch.randn(32, 32, generator=source).double()
+    w = torch.randn(12, 32, generator=source, dtype=torch.float64)
+    seen = Inputs(x.square().sum(0), x.sum(0), x.var(0, correction=0))
+    return task_of(w, seen, Curvature(x.T @ x), WEIGHT_CRITERIA.get(criterion), Pattern.parse("50%"))
+
+
+def answer(*solvers: str, criterion: str = "sparsegpt", **options: Any) -> Sparse:
+    method = sparsify.choose(Sparsify(pattern="50%", criterion=criterion, solver=solvers, options=options))
+    task = problem(criterion)
+    found: Sparse = Lowest(task)
+    for solver, own in method.solvers:
+        found = solver.solve(task, found, **own)
+    return found
+
+
+# ---- chains
+
+
+def test_a_later_solver_keeps_the_mask_it_is_given() -> None:
+    for first, then in (("dsnot", "update"), ("alps", "update"), ("update", "alps"), ("mrp", "refit"), ("alps", "mrp")):
+        alone, both = answer(first), answer(first, then)
+        assert torch.equal(alone.gone, both.gone), (first, then)
+        assert not torch.equal(alone.weight, both.weight), (first, then)
+        assert not torch.equal(both.weight, answer(then).weight), (first, then)
+
+
+def test_dsnot_refines_any_start() -> None:
+    """And changes no weight, whatever moved them before."""
+    start, found = answer("update"), answer("update", "dsnot")
+    assert not torch.equal(start.gone, found.gone)
+    assert torch.equal(start.gone.sum(1), found.gone.sum(1))
+    kept = ~found.gone
+    assert torch.equal(found.weight[kept], problem().weight[kept])
+
+
+@pytest.mark.parametrize(
+    "chain", [("refit", "update"), ("none", "dsnot"), ("refit", "mrp"), ("dsnot", "update", "mrp"), ("refit", "dsnot")]
+)
+def test_work_that_the_next_would_undo_is_refused(chain: tuple[str, ...]) -> None:
+    with pytest.raises(SettingsError, match="finds all weights anew"):
+        sparsify.choose(Sparsify(pattern="50%", solver=chain))
+
+
+def test_a_solver_named_as_the_criterion_works_first() -> None:
+    named = sparsify.choose(Sparsify(pattern="50%", criterion="dsnot", solver=("update",)))
+    assert [solver.name for solver, _ in named.solvers] == ["dsnot", "update"]
+    assert [dict(options) for _, options in named.solvers] == [{}, {"hold": True}]
+    assert named.criterion.name == "wanda"
+
+
+def test_every_solver_says_what_it_does_to_a_mask() -> None:
+    for name in SOLVERS.names():
+        solver = SOLVERS.get(name)
+        task = problem()
+        start = Lowest(task)
+        held = solver.solve(task, start, **({"hold": True} if "hold" in solver.options else {}))
+        assert torch.equal(held.gone, start.gone) is (solver.mask != "moves"), name
+        assert ("hold" in solver.options) is (solver.mask == "chooses"), name
+        other = Sparse(task.weight.masked_fill(start.gone, 0) * 1.5, start.gone)
+        again = solver.solve(task, other, **({"hold": True} if "hold" in solver.options else {}))
+        assert torch.equal(held.weight, again.weight) is (solver.takes == "mask"), name
+
+
+# ---- sparse already
+
+
+def test_five_percent_is_sparse(sprout: Subject) -> None:
+    parameters = dict(sprout.model.named_parameters())
+    names = prunable(sprout.anatomy)
+    total = sum(parameters[name].numel() for name in names)
+    left = math.ceil(SPARSE * total) - 1
+    with torch.no_grad():
+        for name in names:
+            flat = parameters[name].view(-1)
+            count = min(left, flat.numel() // 2)
+            flat[:count] = 0
+            left -= count
+    sparsify.check(sprout, Sparsify(pattern="2:4"))
+    with torch.no_grad():
+        parameters[names[-1]].view(-1)[-1] = 0
+    with pytest.raises(SettingsError, match=r"5\.0 % zeros already"):
+        sparsify.check(sprout, Sparsify(pattern="2:4"))
+
+
+# ---- rounding
+
+
+def test_zeros_that_rounding_makes_are_told_apart(sprout: Subject) -> None:
+    """2:4 of weights that fp16 cannot hold: half of them were asked for, the others are noted, and none is -0."""
+    narrow = replace(sprout, model=copy.deepcopy(sprout.model), store=torch.float16)
+    weight = narrow.model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        signs = torch.tensor([1.0, -1.0]).repeat(weight.shape[1] // 2)
+        weight[0] = signs * 1e-9 * torch.arange(1, weight.shape[1] + 1)
+    found = sparsify.apply(narrow, Sparsify(pattern="2:4", criterion="magnitude"), None, seed=0)
+    asked = sum(matrix.zeros for matrix in found.matrices)
+    assert 2 * asked == found.sparsity.weights
+    vanished = found.sparsity.zeros - asked
+    assert vanished > 0
+    assert found.notes == (f"{vanished:,} kept weights are too small for float16: zero too",)
+    for parameter in narrow.model.parameters():
+        assert not bool((parameter.signbit() & (parameter == 0)).any())
+
+
+# ---- what is on disk
+
+
+@pytest.fixture
+def sparse(sprout: Subject) -> Subject:
+    sparsify.apply(sprout, Sparsify(pattern="2:4", criterion="magnitude"), None, seed=0)
+    return sprout
+
+
+@pytest.mark.parametrize("wrong", [1e-20, -0.0])
+def test_a_zero_that_changes_on_the_way_to_disk_is_seen(
+    sparse: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    """Logits would not tell."""
+    right = checkpoint.write
+
+    def write(model: Any, *rest: Any) -> None:
+        weight: Tensor = model.model.layers[1].mlp.up_proj.weight
+        with torch.no_grad():
+            place = tuple((weight == 0).nonzero()[0])
+            weight[place] = wrong
+            right(model, *rest)
+            weight[place] = 0.0
+
+    found = of_model(sparse.model, sparse.anatomy)
+    notes = {"sparsity": {"pattern": "2:4", "share": found.share, "mask_hash": found.mask_hash}}
+    held = Holder("stock", sparse.model.config, "")
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(IdentityError, match="zeros on disk" if wrong else "-0 in"):
+        export(sparse, held, tmp_path / "out", {}, notes)
+    assert not (tmp_path / "out").exists()
