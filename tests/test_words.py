@@ -155,3 +155,12 @@ def test_size_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").write_bytes(b"12345")
     (tmp_path / "b").write_bytes(b"12")
     assert size_bytes(tmp_path) == 7
+
+
+def test_a_pattern_is_no_time_of_day() -> None:
+    """YAML reads an unquoted 2:4 as 124 seconds."""
+    for written in ("2:4", "1:4", "4:8", "16:32"):
+        assert yaml.safe_load(f"pattern: {written}")["pattern"] != written
+        asked = parse({"sparsify": yaml.safe_load(f"pattern: {written}")}, "here").sparsify
+        assert asked is not None
+        assert asked.pattern == written

@@ -73,6 +73,13 @@ class Sparsify(_Part):
         default="refuse", description="a model that is sparse already: refuse it, or keep every zero it has"
     )
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _not_base_sixty(cls, pattern: Any) -> Any:
+        """YAML 1.1 reads 2:4 as two minutes and four seconds."""
+        whole = isinstance(pattern, int) and not isinstance(pattern, bool)
+        return f"{pattern // 60}:{pattern % 60}" if whole else pattern
+
 
 DROPOUT = 0.05  # LLM-Pruner's, for LoRA
 BASE = "base"  # the teacher that is where everything began
