@@ -18,20 +18,21 @@ def dsnot(task: Linear, start: Sparse, cycles: int = 50, threshold: float = 0.1,
     share = task.weight * task.inputs.sums  # (m, n) what each weight adds to the mean output of a sequence
     limits = torch.finfo(share.dtype)
     worth = share / task.inputs.variance.clamp_min(limits.tiny).pow(power)
-    worth = worth.clamp(limits.min, limits.max)  # a constant input explains most, and must stay apart from infinity
+    worth = worth.clamp(limits.min, limits.max)  # of a constant input too, apart from what is not allowed
     wanda = task.weight.abs() * task.inputs.squares.sqrt()  # whatever chose the start
     gone, rows = start.gone.clone(), torch.arange(len(share), device=share.device)
     error = (share * gone).sum(1)  # (m,) mean output that is missing
     away = start.gone if task.empty is None else start.gone & ~task.empty  # (m, n) what may return
-    grow = _orders(torch.stack([worth, -worth]), away.expand(2, -1, -1))  # for an error above, below zero
+    grow, most = _orders(worth, away), away.sum(1)  # (m, n) from one end for an error above zero, else from the other
     signed = torch.stack([share < 0, share > 0]) & ~start.gone  # (2, m, n) what lowers an error above, raises one below
     prune = _orders(-wanda.expand(2, -1, -1), signed)
     grown, pruned = torch.zeros(2, len(rows)).to(rows), torch.zeros(2, len(rows)).to(rows)  # pointers into the orders
     going = torch.ones_like(rows, dtype=torch.bool)
     for _ in range(cycles):
         side = (error <= 0).long()
-        going = going & (error.abs() > threshold) & (grown.sum(0) < away.sum(1))
-        back = grow[side, rows, grown[side, rows].clamp_max(share.shape[1] - 1)]  # (m,) column that would return
+        going = going & (error.abs() > threshold) & (grown.sum(0) < most)
+        place = torch.where(side == 0, grown[0], most - 1 - grown[1])
+        back = grow[rows, place.clamp(0, share.shape[1] - 1)]  # (m,) column that would return
         if task.pattern.of:
             out, valid = _cheapest_of_group(task, start.gone, gone, back)
         else:
@@ -52,9 +53,9 @@ def dsnot(task: Linear, start: Sparse, cycles: int = 50, threshold: float = 0.1,
     return Sparse(task.weight.masked_fill(gone, 0), gone)
 
 
-def _orders(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:  # (2, m, n) -> (2, m, n) int64
+def _orders(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:  # (..., n) -> (..., n) int64
     """Columns by falling key, those allowed first."""
-    return keys.masked_fill(~allowed, -torch.inf).argsort(dim=2, descending=True, stable=True)
+    return keys.masked_fill(~allowed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 
 def _cheapest_of_group(
