@@ -50,6 +50,13 @@ def test_counts_are_exact_where_floats_are_not() -> None:
     assert Pattern.parse("57%").count(100) == 57
 
 
+def test_what_does_not_divide_is_rounded_down() -> None:
+    assert Pattern.parse("70.5%").count(300) == 211
+    assert Pattern.parse("33%").count(10) == 3
+    scores = torch.rand(4, 10, generator=torch.Generator().manual_seed(0))
+    assert lowest(scores, Pattern.parse("33%"), "row").sum(1).tolist() == [3, 3, 3, 3]
+
+
 @pytest.mark.parametrize("within", WITHIN)
 @pytest.mark.parametrize("text", ["0%", "1%", "33%", "50%", "70.5%", "99%"])
 def test_a_percentage_is_met_exactly(within: Within, text: str) -> None:

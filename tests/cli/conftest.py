@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prompt import Command, Done, Refused, tree
+from prompt import WORDS, Command, Done, Refused, Sparsifier, tree
 
 from regrow.cli.main import main
 
@@ -78,3 +79,24 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def tale(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that both a real tokenizer and one of a word a token can read."""
+    source, path = random.Random(0), tmp_path_factory.mktemp("tale") / "tale.txt"
+    lines = [" ".join(f"w{source.randint(3, 63)}" for _ in range(60)) for _ in range(150)]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def sparsify(regrow: Command, tale: Path, tmp_path: Path) -> Sparsifier:
+    """`sparsify(model, "--pattern", "2:4", out="b")` -> the folder, and what was printed."""
+
+    def call(model: Path, *arguments: object, out: str = "sparse") -> tuple[Path, Done]:
+        done = regrow("sparsify", model, "--calibration", tale, *WORDS, "--out", tmp_path / out, "--json", *arguments)
+        assert done.code == 0, done.err
+        return tmp_path / out, done
+
+    return call

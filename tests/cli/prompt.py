@@ -25,6 +25,8 @@ class Done:
 
 Command = Callable[..., Done]
 Refused = Callable[..., Done]
+Sparsifier = Callable[..., tuple[Path, Done]]
+WORDS = ("--calibration-tokens", 256, "--calibration-block", 64, "--text", "none")
 
 
 def tree(folder: Path) -> dict[str, str]:

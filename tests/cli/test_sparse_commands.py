@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
-from collections.abc import Callable
-from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from prompt import Command, Done
+from prompt import WORDS, Command, Done, Sparsifier
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from sparse_folders import (
+    check_manifest,
+    check_pattern,
+    kept_as_they_were,
+    matrices,
+    read,
+    read_report,
+    untouched,
+    weights,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import make, tokenizer
 from regrow.artifacts.pattern import Pattern
-from regrow.artifacts.report import Report
 from regrow.engines import checkpoint
-from regrow.settings import Recipe
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
 ENDS = ("q", "k", "v", "o", "gate", "up", "down")
-EXPERTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-}
-WORDS = ("--calibration-tokens", 256, "--calibration-block", 64, "--text", "none")
 TRAIN = ("--tokens", 512, "--set", "recover.block=64", "--set", "recover.batch=2", "--rank", 8, "--text", "none")
-
-
-@pytest.fixture(scope="module")
-def tale(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text that both a real tokenizer and one of a word a token can read."""
-    source, path = random.Random(0), tmp_path_factory.mktemp("tale") / "tale.txt"
-    lines = [" ".join(f"w{source.randint(3, 63)}" for _ in range(60)) for _ in range(150)]
-    path.write_text("\n\n".join(lines), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +41,6 @@ def short(sprout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.config.layer_types = None
     checkpoint.write(model, AutoTokenizer.from_pretrained(sprout_dir), folder, torch.bfloat16, None)
     return folder
-
-
-@pytest.fixture
-def sparsify(regrow: Command, tale: Path, tmp_path: Path) -> Callable[..., tuple[Path, Done]]:
-    """`sparsify(model, "--pattern", "2:4", out="b")` -> the folder, and what was printed."""
-
-    def call(model: Path, *arguments: object, out: str = "sparse") -> tuple[Path, Done]:
-        done = regrow("sparsify", model, "--calibration", tale, *WORDS, "--out", tmp_path / out, "--json", *arguments)
-        assert done.code == 0, done.err
-        return tmp_path / out, done
-
-    return call
-
-
-Sparsifier = Callable[..., tuple[Path, Done]]
 
 
 @pytest.fixture(autouse=True)
@@ -96,82 +67,24 @@ def two_of_four(sprout_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def thin(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of it with half of each output's weights, which stands in no groups, for recovery."""
+    return thinned(short, "50%", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def paired(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two of four."""
+    return thinned(short, "2:4", tmp_path_factory)
+
+
+def thinned(short: Path, pattern: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from regrow.cli.main import main
 
     out = tmp_path_factory.mktemp("thin") / "thin"
-    ask = ("sparsify", short, "--criterion", "magnitude", "--pattern", "50%", "--text", "none", "--out", out, "-q")
+    ask = ("sparsify", short, "--criterion", "magnitude", "--pattern", pattern, "--text", "none", "--out", out, "-q")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REGROW_CACHE", str(tmp_path_factory.mktemp("cache")))
         assert main([str(a) for a in ask]) == 0
     return out
-
-
-# ---- what is looked at
-
-
-@lru_cache(maxsize=6)
-def weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor, as stock transformers load it."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def matrices(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: w for n, w in found.items() if n.removesuffix(".weight").rpartition(".")[2] in PROJECTIONS}
-
-
-def read(folder: Path, name: str) -> Any:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
-
-
-def check_pattern(found: dict[str, Tensor], pattern: Pattern) -> None:
-    """Every group has exactly so many weights; of a percentage, every matrix has exactly so many zeros."""
-    for name, weight in matrices(found).items():
-        if pattern.of:
-            groups = (weight != 0).reshape(-1, pattern.of).sum(-1)
-            assert set(groups.tolist()) == {pattern.keep}, name
-        else:
-            assert int((weight == 0).sum()) == pattern.count(weight.numel()), name
-        assert not bool(weight.signbit()[weight == 0].any()), name  # -0.0 is a zero, but not to every kernel
-
-
-def check_manifest(folder: Path, pattern: Pattern) -> str:
-    """regrow.json, sparsity.json, report.json and recipe.yaml say one thing; returns the mask hash."""
-    noted, said, report = read(folder, "regrow.json")["sparsity"], read(folder, "sparsity.json"), read_report(folder)
-    census = said["sparsity"]
-    assert noted == {"pattern": pattern.written, "share": census["share"], "mask_hash": census["mask_hash"]}
-    assert (said["pattern"], said["pattern_text"]) == (pattern.written, str(pattern))
-    assert said["notes"] == []
-    assert set(census["matrices"]) == set(matrices(weights(folder)))
-    assert census["zeros"] == sum(m["zeros"] for m in census["matrices"].values())
-    assert report.after["size/nonzero_weights"].value == census["weights"] - census["zeros"]
-    assert report.before["size/nonzero_weights"].value == census["weights"]
-    assert report.made_by["budget"] == str(pattern)
-    recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    assert recipe.keep is None
-    assert recipe.sparsify is not None
-    assert recipe.sparsify.pattern == pattern.written
-    assert not (folder / "plan.json").exists()
-    return str(noted["mask_hash"])
-
-
-def read_report(folder: Path) -> Report:
-    return Report.from_json(read(folder, "report.json"))
-
-
-def untouched(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Embedding, head, norms, biases and routers are what they were, bit for bit."""
-    others = set(before) - set(matrices(before))
-    assert others
-    assert any("embed" in name for name in others)
-    for name in others:
-        assert torch.equal(before[name], after[name]), name
-
-
-def kept_as_they_were(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
-    """Whether every weight that is left is the one it was."""
-    pairs = [(weight, after[name]) for name, weight in matrices(before).items()]
-    return all(torch.equal(old[new != 0], new[new != 0]) for old, new in pairs)
 
 
 # ---- sparsify
@@ -244,6 +157,18 @@ def test_solvers_in_turn(sparsify: Sparsifier, short: Path) -> None:
     recipe = yaml.safe_load((both / "recipe.yaml").read_text(encoding="utf-8"))["sparsify"]
     assert (recipe["solver"], recipe["options"]) == (["update", "refit"], {"steps": 12})
     check_pattern(refitted, Pattern.parse("2:4"))
+
+
+def test_a_damping_that_was_raised_is_said(sparsify: Sparsifier, short: Path) -> None:
+    """64 tokens leave every Gram matrix singular."""
+    few = ("--calibration-tokens", 64, "--damping", 0)
+    folder, done = sparsify(short, "--criterion", "sparsegpt", "--pattern", "50%", *few)
+    said = read(folder, "sparsity.json")["notes"]
+    assert len(said) == 14
+    assert all(": damping raised to " in note for note in said)
+    assert all(f"note: {note}" in done.out for note in said)
+    assert set(said) <= set(read_report(folder).notes)
+    check_pattern(weights(folder), Pattern.parse("50%"))
 
 
 def test_swaps_come_before_a_refit(sparsify: Sparsifier, short: Path) -> None:
@@ -401,19 +326,26 @@ def test_what_there_is(regrow: Command, kind: str, names: set[str]) -> None:
 # ---- recover
 
 
-@pytest.mark.parametrize("adapter", ["spp", "full"])
-def test_recovery_keeps_the_pattern(regrow: Command, thin: Path, tale: Path, tmp_path: Path, adapter: str) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "start"),
+    [*((name, "thin") for name in ("spp", "full", "hira", "ia3", "lora-masked")), ("spp", "paired")],
+)
+def test_recovery_keeps_the_pattern(
+    regrow: Command, request: pytest.FixtureRequest, tale: Path, tmp_path: Path, adapter: str, start: str
+) -> None:
     """Every zero stays, weights move, and the next step still knows what was asked."""
-    out = tmp_path / "tuned"
+    out, thin, pattern = tmp_path / "tuned", request.getfixturevalue(start), "50%" if start == "thin" else "2:4"
     rate = ("--learning-rate", 0.01)  # what moves weights by more than 16 bits can hide
     done = regrow("recover", thin, "--adapter", adapter, *TRAIN, "--train", tale, *rate, "--out", out, "--json")
     assert done.code == 0, done.err
     assert "warning" not in done.err
     before, after = weights(thin), weights(out)
     assert all(torch.equal(before[n] == 0, after[n] == 0) for n in matrices(before))
-    moved = {n.split(".")[2] for n in matrices(before) if not torch.equal(before[n], after[n])}
-    assert moved == {"0", "1"}
-    check_pattern(after, Pattern.parse("50%"))
+    moved = {n for n in matrices(before) if not torch.equal(before[n], after[n])}
+    assert {n.split(".")[2] for n in moved} == {"0", "1"}
+    touched = ("k", "v", "down") if adapter == "ia3" else ENDS
+    assert {n.split(".")[-2] for n in moved} == {f"{end}_proj" for end in touched}
+    check_pattern(after, Pattern.parse(pattern))
     assert read(out, "regrow.json")["sparsity"] == read(thin, "regrow.json")["sparsity"]
     training = read_report(out).training
     assert training[-1]["tokens"] == 512
@@ -421,7 +353,7 @@ def test_recovery_keeps_the_pattern(regrow: Command, thin: Path, tale: Path, tmp
     compared = regrow("diff", thin, out, "--weights", "--json").json
     assert (compared["intact"], compared["same_mask"]) == (True, True)
     found = regrow("inspect", out, "--sparse", "--json").json["sparsity"]
-    assert (found["mask_intact"], found["pattern"]) == (True, "50 % zeros")
+    assert (found["mask_intact"], found["pattern"]) == (True, str(Pattern.parse(pattern)))
 
 
 def test_recovery_that_moves_zeros(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
@@ -535,87 +467,6 @@ def test_a_recipe_from_dense_to_tuned(regrow: Command, short: Path, tale: Path, 
     check_pattern(weights(tmp_path / "out"), Pattern.parse("2:4"))
     check_manifest(tmp_path / "out", Pattern.parse("2:4"))
     assert {"sparsify", "recover"} <= set(read_report(tmp_path / "out").stages)
-
-
-# ---- models of experts
-
-
-def written(kind: str, folder: Path, change: Callable[[Any], None] = lambda _: None, **more: Any) -> Path:
-    """A tiny random model of experts with a tokenizer of a word a token."""
-    model = make(kind, hidden_size=24, intermediate_size=16, num_hidden_layers=2, **{**EXPERTS[kind], **more})
-    with torch.no_grad():
-        change(model)
-    folder.mkdir()
-    checkpoint.write(model, tokenizer(), folder, torch.float32, None)
-    return folder
-
-
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "moe-pruner"])
-@pytest.mark.parametrize("kind", EXPERTS)
-def test_experts(sparsify: Sparsifier, tmp_path: Path, kind: str, criterion: str) -> None:
-    source = written(kind, tmp_path / kind)
-    folder, done = sparsify(source, "--criterion", criterion, "--pattern", "2:4")
-    before, after = weights(source), weights(folder)
-    stacks = [n for n in matrices(before) if "experts" in n]
-    assert len(stacks) == 4
-    assert all(before[n].dim() == 3 for n in stacks)
-    check_pattern(after, Pattern.parse("2:4"))
-    check_manifest(folder, Pattern.parse("2:4"))
-    untouched(before, after)
-    assert sum(n.endswith("mlp.gate.weight") for n in set(before) - set(matrices(before))) == 2
-    assert kept_as_they_were(before, after) is (criterion != "sparsegpt")
-    assert "50 % zeros (2 of 4 kept); 50.00 %" in done.out
-
-
-def test_the_router_weighs_inputs(sparsify: Sparsifier, tmp_path: Path) -> None:
-    """MoE-Pruner is Wanda where there is no router, and something else on experts."""
-    source = written("mixtral", tmp_path / "model")
-    found = [weights(sparsify(source, "--criterion", c, out=c)[0]) for c in ("wanda", "moe-pruner")]
-    first = [n for n in matrices(found[0]) if ".layers.0." in n]
-    same = {n.rpartition("layers.0.")[2]: torch.equal(found[0][n], found[1][n]) for n in first}
-    assert {n for n, equal in same.items() if not equal} == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
-
-
-def test_an_expert_that_saw_no_token_keeps_its_weights(sparsify: Sparsifier, tmp_path: Path) -> None:
-    """The router's rows are a, -a, 0, 0: one of the first two always wins."""
-
-    def deaf(model: Any) -> None:
-        gate = model.model.layers[0].mlp.gate.weight
-        gate[1] = -gate[0]
-        gate[2:] = 0
-
-    source = written("mixtral", tmp_path / "model", deaf, num_experts_per_tok=1)
-    folder, done = sparsify(source, "--criterion", "sparsegpt", "--pattern", "2:4")
-    before, after = weights(source), weights(folder)
-    unseen = [f"model.layers.0.mlp.experts.{part}[{e}]" for part in ("gate_up_proj", "down_proj") for e in (2, 3)]
-    said = [note.removesuffix(": saw no token") for note in read_report(folder).notes if "saw no token" in note]
-    assert set(unseen) <= set(said)
-    assert not any(".layers.0." in name for name in set(said) - set(unseen))
-    assert all(f"note: {name}: saw no token" in done.out for name in unseen)
-    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"):
-        assert torch.equal(before[name][2:], after[name][2:])
-        check_pattern({name: after[name][:2]}, Pattern.parse("2:4"))
-    share = Fraction(sum(int((w == 0).sum()) for w in matrices(after).values()))
-    total = sum(w.numel() for w in matrices(after).values())
-    assert read(folder, "regrow.json")["sparsity"]["share"] == pytest.approx(float(share / total))
-    assert share / total < Fraction(1, 2)
-
-
-@pytest.mark.parametrize("kind", EXPERTS)
-def test_experts_as_the_hub_has_them(regrow: Command, sparsify: Sparsifier, tmp_path: Path, kind: str) -> None:
-    """Stock checkpoints hold one expert at a time; they are read, counted and compared all the same."""
-    source = written(kind, tmp_path / kind)
-    usual = sparsify(source, "--criterion", "wanda", "--pattern", "2:4", out="usual")[0]
-    model: Any = make(kind, hidden_size=24, intermediate_size=16, num_hidden_layers=2, **EXPERTS[kind])
-    model.save_pretrained(source)
-    assert any(".experts.3." in name for name in load_file(source / "model.safetensors"))
-    folder = sparsify(source, "--criterion", "wanda", "--pattern", "2:4", out="from-hub")[0]
-    assert read(folder, "sparsity.json") == read(usual, "sparsity.json")
-    found = regrow("inspect", source, "--sparse", "--json").json["sparsity"]
-    assert (found["zeros"], found["weights"]) == (0, read(folder, "sparsity.json")["sparsity"]["weights"])
-    compared = regrow("diff", folder, source, "--weights", "--json").json
-    assert (compared["intact"], compared["share"]) == (False, [0.5, 0.0])
-    assert compared["lost"] * 2 == found["weights"]
 
 
 def test_statistics_are_kept_for_the_next_run(

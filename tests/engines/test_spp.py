@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import ids, logits, make
 from regrow.artifacts.mask import lowest
@@ -307,6 +308,36 @@ def plain_runs(x: Tensor, made: Linear) -> Tensor:
     alpha, beta, weight = made.spp_alpha["default"], made.spp_beta["default"], made.base_layer.weight
     added = torch.cat([F.linear(x * a, w) for a, w in zip(alpha, weight.chunk(len(alpha)), strict=True)], -1)
     return F.linear(x, weight) + made.scaling["default"] * beta * added
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in one storage that an operation returned, but for the storage of `own`."""
+
+    def __init__(self, own: Tensor) -> None:
+        super().__init__()
+        self.own, self.numbers = own.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self.own:
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return found
+
+
+@pytest.mark.parametrize(
+    ("form", "dropout", "small"),
+    [("lean", 0.0, True), ("lean", 0.4, True), ("folded", 0.0, False), ("checkpointed", 0.0, False)],
+)
+def test_the_lean_form_makes_nothing_as_large_as_the_weight(form: str, dropout: float, small: bool) -> None:
+    """Not even for a moment; the other two do in both passes."""
+    made, x = layer(form, dropout=dropout), draw(3, N, seed=5).requires_grad_()
+    with Largest(made.base_layer.weight) as forward:
+        y = made(x)
+    with Largest(made.base_layer.weight) as backward:
+        y.sum().backward()
+    assert x.grad is not None
+    assert all(0 < seen.numbers < M * N if small else seen.numbers >= M * N for seen in (forward, backward))
 
 
 @pytest.mark.parametrize(

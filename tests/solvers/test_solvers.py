@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from problems import COLUMNS, NAMES, ROWS, begin, error, inputs, least_squares, problem, solve, weights
 from torch import Tensor
 
 from regrow.artifacts.curvature import Curvature
-from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Lowest, Sparse
+from regrow.artifacts.linear import Linear, Sparse
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
 from regrow.engines.sparsify import task_of
@@ -21,66 +21,14 @@ from regrow.solvers import sequential
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import plain
 
-NAMES = SOLVERS.names()
 PATTERNS = ["50%", "2:4", "2:8", "75%"]
-ROWS, COLUMNS = 24, 160  # a whole block and a part of one
-
-
-def inputs(columns: int = COLUMNS, tokens: int = 900, seed: int = 0) -> Tensor:  # (tokens, columns) fp64, correlated
-    source = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=source, dtype=torch.float64) / columns**0.5
-    scale = torch.rand(columns, generator=source, dtype=torch.float64) + 0.2
-    return (
-        torch.randn(tokens, columns, generator=source, dtype=torch.float64) @ (mix + torch.eye(columns)) * scale + 0.2
-    )
-
-
-def weights(rows: int = ROWS, columns: int = COLUMNS, seed: int = 9) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def problem(
-    pattern: str,
-    criterion: str = "sparsegpt",
-    x: Tensor | None = None,
-    w: Tensor | None = None,
-    empty: Tensor | None = None,
-) -> Linear:
-    x = inputs() if x is None else x
-    w = weights(columns=x.shape[1]) if w is None else w
-    seen = Inputs(x.square().sum(0) / 4, x.sum(0) / 4, x.var(0, correction=0))
-    return task_of(w, seen, Curvature(x.T @ x), WEIGHT_CRITERIA.get(criterion), Pattern.parse(pattern), empty)
-
-
-def begin(task: Linear) -> Sparse:
-    return Lowest(task)
-
-
-def solve(name: str, task: Linear, start: Sparse | None = None, **options: Any) -> Sparse:
-    return SOLVERS.get(name).solve(task, begin(task) if start is None else start, **options)
-
-
-def error(task: Linear, found: Tensor) -> Tensor:  # (rows,) with the damped Gram matrix
-    assert task.curvature is not None
-    gap = found - task.weight
-    return (gap @ task.curvature.gram * gap).sum(1)
-
-
-def least_squares(task: Linear, gone: Tensor) -> Tensor:
-    """Row by row: the kept weights that solve their normal equations."""
-    assert task.curvature is not None
-    gram, found = task.curvature.gram, torch.zeros_like(task.weight)
-    for row, mask in enumerate(gone):
-        kept = ~mask
-        found[row, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ task.weight[row])
-    return found
 
 
 def test_head_count() -> None:
     assert NAMES == ["alps", "dsnot", "mrp", "none", "refit", "update"]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "3:5", "1:20", "7:16"])  # the last has more subsets than a table holds
 @pytest.mark.parametrize("name", NAMES)
 def test_the_pattern_is_exact_and_nothing_is_written_into(name: str, pattern: str) -> None:
     task = problem(pattern)
@@ -108,6 +56,65 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
     assert torch.allclose(found.weight, task.weight, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_keeping_everything_keeps_the_weights_of_dead_inputs_too(name: str) -> None:
+    """SparseGPT's code zeroes them whatever is asked."""
+    x = inputs()
+    x[:, 3] = 0
+    task = problem("0%", x=x)
+    found = solve(name, task)
+    assert torch.allclose(found.weight, task.weight, rtol=0, atol=1e-12 if name == "alps" else 0)
+
+
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA.names())
+@pytest.mark.parametrize("name", NAMES)
+def test_any_criterion_goes_with_any_solver(name: str, criterion: str) -> None:
+    for pattern in ("50%", "2:4"):
+        task = problem(pattern, criterion)
+        start = begin(task)
+        found = solve(name, task, start)
+        assert int(found.gone.sum()) == ROWS * COLUMNS // 2
+        assert pattern == "50%" or bool((found.gone.view(ROWS, -1, 4).sum(2) == 2).all())
+        assert torch.equal(found.weight == 0, found.gone)
+        assert bool(found.weight.isfinite().all())
+        if name not in ("none", "dsnot"):  # the others mend the outputs
+            assert error(task, found.weight).sum() < error(task, start.weight).sum()
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_input_that_never_changes(name: str, criterion: str) -> None:
+    """Always 1: its variance is 0, and others read from it."""
+    x = inputs()
+    x[:, 3] = 1
+    for pattern in ("50%", "2:4"):
+        found = solve(name, problem(pattern, criterion, x=x))
+        assert bool(found.weight.isfinite().all())
+        assert torch.equal(found.weight == 0, found.gone)
+        assert int(found.gone.sum()) == ROWS * COLUMNS // 2
+        assert pattern == "50%" or bool((found.gone.view(ROWS, -1, 4).sum(2) == 2).all())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "name", "pattern", "moves"),
+    [
+        ("wanda", "none", "50%", True),
+        ("wanda", "update", "50%", True),
+        ("sparsegpt", "update", "50%", False),
+        ("wanda", "none", "2:4", False),
+        ("wanda", "update", "2:4", False),
+        ("sparsegpt", "update", "2:4", False),
+    ],
+)
+def test_inputs_that_change_places_move_wandas_mask_alone(criterion: str, name: str, pattern: str, moves: bool) -> None:
+    """SparseGPT goes from left to right, and groups are neighbours."""
+    x, w = inputs(), weights()
+    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(6))
+    found = solve(name, problem(pattern, criterion, x=x, w=w)).gone
+    other = solve(name, problem(pattern, criterion, x=x[:, order], w=w[:, order])).gone
+    assert torch.equal(found[:, order], other) is moves
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_who_is_better_on_one_mask(pattern: str) -> None:
     """Least squares <= refit <= SparseGPT's update <= nothing, in total; least squares in every row."""
@@ -128,7 +135,7 @@ def test_a_prefix_is_least_squares(name: str) -> None:
     task = problem("50%")
     gone = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
     for row in range(ROWS):
-        gone[row, : 5 * row] = True
+        gone[row, : int(6.5 * row)] = True  # up to 149: into the second block
     start = Sparse(task.weight.masked_fill(gone, 0), gone)
     found = solve(name, task, start, hold=True)
     assert torch.allclose(found.weight, least_squares(task, gone), atol=1e-9)
@@ -177,7 +184,9 @@ def test_chosen_on_the_way_blocks_matter_for_percentages_alone(
     task = problem(pattern)
     found = solve("update", task)
     monkeypatch.setattr(sequential, "BLOCK", 32)
-    assert torch.equal(solve("update", task).gone, found.gone) is same
+    narrow = solve("update", task)
+    assert torch.equal(narrow.gone, found.gone) is same
+    assert torch.allclose(narrow.weight, found.weight, atol=1e-9) is same
 
 
 @pytest.mark.parametrize("name", ["update", "mrp", "refit", "alps"])
@@ -307,69 +316,6 @@ def test_an_empty_weight_goes_first_however_high_its_score() -> None:
     assert task.lowest(torch.tensor([[3.0, 9.0, 2.0, 4.0]]), "row").tolist() == [[False, True, True, False]]
 
 
-# ---- DSnoT
-
-
-def means(task: Linear, gone: Tensor) -> Tensor:  # (rows,) mean output that is missing
-    assert task.inputs is not None
-    return (task.weight * task.inputs.sums * gone).sum(1)
-
-
-@pytest.mark.parametrize("pattern", ["50%", "2:4"])
-def test_swaps_keep_counts_and_weights_and_mend_the_mean(pattern: str) -> None:
-    task = problem(pattern, "wanda")
-    start = begin(task)
-    found = solve("dsnot", task, start)
-    assert torch.equal(found.gone.sum(1), start.gone.sum(1))
-    assert torch.equal(found.weight, task.weight.masked_fill(found.gone, 0))
-    assert not torch.equal(found.gone, start.gone)
-    before, after = means(task, start.gone).abs(), means(task, found.gone).abs()
-    assert after.mean() < 0.5 * before.mean()
-    if task.pattern.of:
-        assert bool((after <= before + 1e-12).all())
-
-
-@pytest.mark.parametrize("pattern", ["50%", "2:4"])
-def test_no_cycles_no_swaps(pattern: str) -> None:
-    task = problem(pattern, "wanda")
-    start = begin(task)
-    assert torch.equal(solve("dsnot", task, start, cycles=0).gone, start.gone)
-    assert torch.equal(solve("dsnot", task, start, threshold=1e9).gone, start.gone)
-
-
-def test_inputs_without_a_mean_need_no_swaps() -> None:
-    x = inputs() - inputs().mean(0)
-    task = problem("50%", "wanda", x=x)
-    start = begin(task)
-    assert torch.equal(solve("dsnot", task, start).gone, start.gone)
-
-
-def test_one_swap_by_hand() -> None:
-    """Missing mean 5 (weight 0): the pruned weight with the largest share returns; of the kept ones with a negative
-    share the one of least score goes."""
-    w = torch.tensor([[5.0, 1.0, -2.0, -9.0, 8.0, 7.0]], dtype=torch.float64)
-    ones = torch.ones(6, dtype=torch.float64)
-    gone = torch.tensor([[True, True, False, False, False, False]])
-    task = Linear(w, Pattern.parse("33%"), "row", lambda w, _: w.abs(), inputs=Inputs(ones, ones, ones))
-    found = solve("dsnot", task, Sparse(w.masked_fill(gone, 0), gone), cycles=1)
-    assert found.gone.tolist() == [[False, True, True, False, False, False]]
-
-
-def test_a_row_that_runs_out_of_weights_stops() -> None:
-    """No kept weight has a negative share: nothing can go, so nothing returns."""
-    w = torch.arange(1.0, 9.0, dtype=torch.float64)[None]
-    ones = torch.ones(8, dtype=torch.float64)
-    task = Linear(w, Pattern.parse("50%"), "row", lambda w, _: w.abs(), inputs=Inputs(ones, ones, ones))
-    start = begin(task)
-    assert torch.equal(solve("dsnot", task, start).gone, start.gone)
-
-
-def test_a_sparsegpt_start_is_no_prefix_of_columns() -> None:
-    task = problem("50%", "sparsegpt")
-    gone = solve("dsnot", task).gone
-    assert 0.3 < float(gone[:, : COLUMNS // 2].double().mean()) < 0.7
-
-
 # ---- curvature
 
 
@@ -384,6 +330,13 @@ def test_the_factor_and_what_follows_from_it() -> None:
     root, values, vectors = curvature.spectrum
     assert torch.allclose((vectors * values) @ vectors.T * root * root[:, None], curvature.gram, atol=1e-9)
     assert curvature.raised == 0
+
+
+@pytest.mark.parametrize("columns", [5, 192, 400])
+def test_the_size_of_outputs_is_that_of_the_outputs(columns: int) -> None:
+    """By a half of the matrix, in stripes of 192 columns."""
+    x, w = inputs(columns, tokens=60), weights(columns=columns)
+    assert Curvature(x.T @ x).size(w) == pytest.approx(float((w @ x.T).square().sum()), rel=1e-12)
 
 
 def test_dead_inputs_are_found_and_their_weights_go_first() -> None:
