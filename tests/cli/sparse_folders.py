@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from torch import Tensor
@@ -49,7 +50,9 @@ def check_manifest(folder: Path, pattern: Pattern) -> str:
     """regrow.json, sparsity.json, report.json and recipe.yaml say one thing; returns the mask hash."""
     noted, said, report = read(folder, "regrow.json")["sparsity"], read(folder, "sparsity.json"), read_report(folder)
     census = said["sparsity"]
+    layers = noted.pop("layers")
     assert noted == {"pattern": pattern.written, "share": census["share"], "mask_hash": census["mask_hash"]}
+    assert sum(layers) / len(layers) == pytest.approx(census["share"])
     assert (said["pattern"], said["pattern_text"]) == (pattern.written, str(pattern))
     assert said["notes"] == []
     assert set(census["matrices"]) == set(matrices(weights(folder)))
