@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow.artifacts.pattern import Pattern
 from regrow.engines import checkpoint
+from regrow.errors import BrokenModel
 
 ENDS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAIN = ("--tokens", 512, "--set", "recover.block=64", "--set", "recover.batch=2", "--rank", 8, "--text", "none")
@@ -301,6 +303,17 @@ def test_diff_of_weights(regrow: Command, two_of_four: Path, sprout_dir: Path, t
     assert reports["columns"][0] == "measure after"  # without --weights, as ever
 
 
+def test_weights_are_compared_where_there_is_no_report(regrow: Command, two_of_four: Path, tmp_path: Path) -> None:
+    """What other tools tuned has none."""
+    other = tampered(two_of_four, tmp_path / "tuned")
+    (other / "report.json").unlink()
+    for pair in ((two_of_four, other), (other, two_of_four)):
+        done = regrow("diff", *pair, "--json")
+        assert done.code == 0, done.err
+        assert done.json == regrow("diff", *pair, "--weights", "--json").json
+    assert "measure after" in regrow("diff", two_of_four, two_of_four).out
+
+
 def test_the_page_of_a_sparse_folder_is_made_anew(regrow: Command, two_of_four: Path, tmp_path: Path) -> None:
     done = regrow("report", two_of_four, "--out", tmp_path / "page.html")
     assert done.code == 0, done.err
@@ -432,6 +445,92 @@ def test_plain_lora_warns_and_fills(regrow: Command, thin: Path, tale: Path, tmp
     assert compared["intact"] is False
     assert compared["lost"] > 100_000
     assert "zeros were lost" in regrow("diff", thin, tmp_path / "filled", "--weights").out
+
+
+def test_the_warning_comes_before_the_training(
+    regrow: Command, thin: Path, tale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(*_: object) -> None:
+        raise BrokenModel("the plug was pulled", "power", "try again")
+
+    monkeypatch.setattr("regrow.run._recovered", torn)
+    done = regrow("recover", thin, "--adapter", "lora", *TRAIN, "--train", tale, "--out", tmp_path / "filled")
+    assert done.code == 1
+    assert done.err.index("warning: zeros are filled by plain LoRA") < done.err.index("error: the plug was pulled")
+    assert not (tmp_path / "filled").exists()
+
+
+@pytest.mark.parametrize("changed", ["text", "calibration", "teacher"])
+def test_what_a_recovery_starts_from_is_in_its_key(
+    short: Path, tale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """Another text or teacher under the same name is no run to go on with."""
+    from regrow import run as module
+    from regrow.artifacts.plan import Plan
+    from regrow.settings import parse
+    from regrow.stages.load import load
+
+    files = {name: tmp_path / f"{name}.txt" for name in ("text", "calibration")}
+    for file in files.values():
+        file.write_text(tale.read_text(encoding="utf-8"), encoding="utf-8")
+    teacher = tmp_path / "teacher"
+    shutil.copytree(short, teacher)
+    recipe = parse(
+        {
+            "keep": None,
+            "sparsify": {"pattern": "2:4"},
+            "calibration": {"text": str(files["calibration"]), "tokens": 256, "block": 64},
+            "recover": {
+                "method": "spp",
+                "tokens": 256,
+                "block": 16,
+                "text": str(files["text"]),
+                "teacher": str(teacher),
+            },
+        },
+        "here",
+    )
+    monkeypatch.setattr(module, "recover", lambda *_, **__: None)
+    monkeypatch.setattr(module, "recovery_text", lambda *_, **__: torch.zeros(2, 16, dtype=torch.int64))
+    subject = load(str(short))
+
+    def folder() -> Path:
+        return module._recovered(subject, recipe, Plan.everything(subject.anatomy), None)[1]
+
+    before = folder()
+    assert folder() == before
+    if changed == "teacher":
+        config = json.loads((teacher / "generation_config.json").read_text(encoding="utf-8"))
+        (teacher / "generation_config.json").write_text(json.dumps({**config, "top_k": 7}), encoding="utf-8")
+    else:
+        files[changed].write_text(tale.read_text(encoding="utf-8") + "\n\n" + "w3 w4 w5 " * 90, encoding="utf-8")
+    assert folder() != before
+
+
+def test_no_calibration_is_not_the_usual_one(regrow: Command, short: Path, tmp_path: Path) -> None:
+    for flag in ("--calibration-tokens", "--calibration-block"):
+        done = regrow("sparsify", short, flag, 0, "--text", "none", "--out", tmp_path / "sparse")
+        assert done.code == 2
+        assert f"calibration.{flag.rpartition('-')[2]} = 0" in done.err
+
+
+def test_the_commands_on_demo(regrow: Command, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are written down, on `demo` by name; what it is, is smaller here."""
+    monkeypatch.setattr(checkpoint, "demo_model", lambda: short)
+    texts = ("--calibration-tokens", 1024, "--seed", 1, "--text", "none")
+    for criterion, pattern in (("wanda", "50%"), ("sparsegpt", "2:4"), ("magnitude", "75%"), ("dsnot", "2:8")):
+        out = tmp_path / criterion
+        done = regrow("sparsify", "demo", "--criterion", criterion, "--pattern", pattern, *texts, "--out", out)
+        assert done.code == 0, done.err
+        check_pattern(weights(out), Pattern.parse(pattern))
+    tuned = tmp_path / "tuned"
+    ask = ("recover", tmp_path / "sparsegpt", "--adapter", "spp", "--rank", 16, "--tokens", 2048, "--teacher", "demo")
+    ask = (*ask, "--text", "none")
+    done = regrow(*ask, "--out", tuned)
+    assert done.code == 0, done.err
+    check_pattern(weights(tuned), Pattern.parse("2:4"))
+    found = regrow("inspect", tuned, "--sparse", "--json").json["sparsity"]
+    assert (found["share"], found["groups"], found["mask_intact"]) == (0.5, "2:4", True)
 
 
 # ---- recipes

@@ -206,3 +206,17 @@ def test_recovery_of_experts_keeps_the_pattern(
     assert any("experts" in name for name in moved) if adapter == "ast" else not moved
     assert all(int((old == 0).sum()) == int((after[name] == 0).sum()) for name, old in matrices(before).items())
     assert regrow("inspect", out, "--sparse", "--json").json["sparsity"]["mask_intact"] is True
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_zeros_that_were_filled_leave_no_name_behind(
+    regrow: Command, sparse: dict[str, Path], tale: Path, tmp_path: Path, kind: str
+) -> None:
+    """Plain LoRA fills the zeros of attention and reaches no expert: the model is sparse still, but 2:4 no more."""
+    ask = ("recover", sparse[kind], "--adapter", "lora", *TRAIN, "--train", tale, "--out", tmp_path / "filled")
+    done = regrow(*ask)
+    assert done.code == 0, done.err
+    noted = read(tmp_path / "filled", "regrow.json")["sparsity"]
+    assert noted["share"] > 0.05
+    assert noted["pattern"] is None
+    assert regrow("inspect", tmp_path / "filled", "--sparse", "--json").json["sparsity"]["groups"] is None
