@@ -39,9 +39,9 @@ SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "remo
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
 TRAIN_COPIES = {"full": 4.0, "ast": 5.25}  # ast: as the model sees its weights, and a byte each for the mask
 EFFICIENCY = 0.6  # of a large matrix product's speed that a whole model reaches
-MASK = 7.5  # copies of a linear's weights while its mask is chosen
-FACTOR = (6.5, 0.0)  # copies of a linear's Gram matrix, and of its weights, while the matrix is factored
-WORK = {"refit": (3.0, 14.0), "mrp": (3.0, 17.5), "alps": (12.5, 0.0), "dsnot": (0.0, 21.0)}
+MASK = 7.0  # copies of a linear's weights while its mask is chosen
+FACTOR = (6.1, 0.0)  # copies of a linear's Gram matrix, and of its weights, while the matrix is factored
+WORK = {"refit": (3.0, 14.0), "alps": (10.2, 0.0), "dsnot": (0.0, 20.0)}
 """The same at the peak of a solver that needs more; measured (bench/sparse_memory.py)."""
 PROBES, PROBE_PASSES, PROBE_COPIES = 4, 9.0, 4.0  # of a Hessian's trace: blocks, forward passes each, of the model
 ITEM_TOKENS = 4 * 60  # of a task's item: about four choices of sixty tokens with their question
