@@ -150,11 +150,13 @@ def _by_layer(subject: Subject, kept: Sparsity | None, errors: Mapping[int, floa
     """Weights, zeros and error of each layer; nothing for a model that is not sparse."""
     if kept is None or not kept.sparse:
         return ()
-    layer = {tensor.name: int(tensor.layer or 0) for tensor in subject.anatomy.tensors}
+    layer = {tensor.name: tensor.layer for tensor in subject.anatomy.tensors}
     rows = [{"weights": 0.0, "zeros": 0.0} for _ in range(subject.anatomy.sizes["L"])]
     for matrix in kept.matrices:
-        rows[layer[matrix.name]]["weights"] += matrix.weights
-        rows[layer[matrix.name]]["zeros"] += matrix.zeros
+        place = layer[matrix.name]
+        if place is not None:
+            rows[place]["weights"] += matrix.weights
+            rows[place]["zeros"] += matrix.zeros
     return tuple({**row, **({"error": errors[i]} if i in errors else {})} for i, row in enumerate(rows))
 
 

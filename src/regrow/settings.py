@@ -69,6 +69,9 @@ class Sparsify(_Part):
         "`inputs: dense`",
     )
     leave: tuple[str, ...] = Field(default=(), description="ends of names of linears that stay dense")
+    also: tuple[str, ...] = Field(
+        default=(), description="ends of names of routers, the embedding or the head, which stay dense unless named"
+    )
     existing: Literal["refuse", "keep"] = Field(
         default="refuse", description="a model that is sparse already: refuse it, or keep every zero it has"
     )

@@ -220,3 +220,44 @@ def test_zeros_that_were_filled_leave_no_name_behind(
     assert noted["share"] > 0.05
     assert noted["pattern"] is None
     assert regrow("inspect", tmp_path / "filled", "--sparse", "--json").json["sparsity"]["groups"] is None
+
+
+def test_what_else_is_named_becomes_sparse_too(regrow: Command, tale: Path, tmp_path: Path) -> None:
+    """Routers and a head of its own: cut by what they read, counted, hashed, and held while all weights are trained."""
+    source = written("mixtral", tmp_path / "model", tie_word_embeddings=False)
+    words = ("--calibration", tale, "--calibration-tokens", 256, "--calibration-block", 64, "--text", "none")
+    ask = ("sparsify", source, "--pattern", "2:4", *words, "--also", "gate,lm_head")
+    extra = ("lm_head.weight", "model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight")
+    found = {}
+    for criterion in ("magnitude", "sparsegpt"):
+        done = regrow(*ask, "--criterion", criterion, "--out", tmp_path / criterion)
+        assert done.code == 0, done.err
+        found[criterion] = weights(tmp_path / criterion)
+        for name in extra:
+            assert set((found[criterion][name] != 0).reshape(-1, 4).sum(-1).tolist()) == {2}, name
+        assert torch.equal(found[criterion]["model.embed_tokens.weight"], weights(source)["model.embed_tokens.weight"])
+    assert all(not torch.equal(found["magnitude"][n] == 0, found["sparsegpt"][n] == 0) for n in extra)
+    data = regrow("inspect", tmp_path / "sparsegpt", "--sparse", "--json").json["sparsity"]
+    assert set(extra) < set(data["matrices"])
+    assert (data["share"], data["groups"], data["mask_intact"]) == (0.5, "2:4", True)
+    tuned = ("recover", tmp_path / "sparsegpt", "--adapter", "full", *TRAIN, "--train", tale, "--learning-rate", 0.01)
+    assert regrow(*tuned, "--out", tmp_path / "tuned").code == 0
+    after = weights(tmp_path / "tuned")
+    assert all(torch.equal(after[n] == 0, found["sparsegpt"][n] == 0) for n in extra)
+    assert not torch.equal(after["lm_head.weight"], found["sparsegpt"]["lm_head.weight"])
+
+
+def test_an_embedding_is_judged_by_its_weights(regrow: Command, tale: Path, tmp_path: Path) -> None:
+    source = written("mixtral", tmp_path / "model", tie_word_embeddings=True)
+    ask = ("sparsify", source, "--pattern", "2:4", "--calibration", tale, "--text", "none", "--out", tmp_path / "out")
+    for flags, says in (
+        (("--criterion", "wanda", "--also", "embed_tokens"), "an embedding reads no numbers"),
+        (("--criterion", "magnitude", "--also", "lm_head"), "which names no router, no embedding and no head"),
+        (("--also", "gate", "--keep-statistics", "--inputs", "dense"), "keep_statistics with also = gate"),
+    ):
+        done = regrow(*ask, *flags)
+        assert (done.code, says in done.err) == (2, True), done.err
+        assert not (tmp_path / "out").exists()
+    assert regrow(*ask, "--criterion", "magnitude", "--also", "embed_tokens").code == 0
+    embedding = weights(tmp_path / "out")["model.embed_tokens.weight"]
+    assert set((embedding != 0).reshape(-1, 4).sum(-1).tolist()) == {2}

@@ -82,13 +82,13 @@ def checkpoints(one: Path, other: Path) -> tuple[list[list[str]], list[str], dic
     """Where the first is zero and the second is not, matrix by matrix."""
     from regrow.engines.bind import bind_any
     from regrow.engines.checkpoint import check_files, read_config
-    from regrow.engines.zeros import lost, of_folder, prunable, stored
+    from regrow.engines.zeros import lost, names_in, of_folder, stored
 
     anatomies = []
     for folder in (one, other):
         check_files(folder)
         anatomies.append(bind_any(read_config(folder))[0])
-    names, shapes = prunable(anatomies[0]), [{t.name: t.shape for t in a.tensors} for a in anatomies]
+    names, shapes = names_in(one, anatomies[0]), [{t.name: t.shape for t in a.tensors} for a in anatomies]
     if any(shapes[1].get(name) != shapes[0][name] for name in names):
         raise InputError(
             "two checkpoints of different shapes",

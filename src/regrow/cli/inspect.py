@@ -74,10 +74,10 @@ def zeros_of(folder: Path, anatomy: Anatomy, notes: dict[str, Any]) -> dict[str,
     """Zeros of a checkpoint: in all and by matrix, whether its pattern is kept, what sparse storage would weigh."""
     from regrow.artifacts.pattern import Pattern
     from regrow.engines.checkpoint import check_files
-    from regrow.engines.zeros import of_folder, prunable, semi_structured
+    from regrow.engines.zeros import names_in, of_folder, semi_structured
 
     check_files(folder)
-    found = of_folder(folder, prunable(anatomy))
+    found = of_folder(folder, names_in(folder, anatomy))
     recorded = notes.get("sparsity", {})
     kept: bool | None = None
     if recorded:

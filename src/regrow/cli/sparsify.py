@@ -36,6 +36,7 @@ def sparsify(
         typer.Option(help="keep what dense inputs gave: another pattern or solver then reads no text"),
     ] = None,
     leave: Annotated[str | None, typer.Option(help="ends of names of linears that stay dense")] = None,
+    also: Annotated[str | None, typer.Option(help="routers, embedding or head that become sparse too")] = None,
     existing: Annotated[str | None, typer.Option(help="zeros that are there already: refuse or keep")] = None,
     calibration: o.Calibration = None,
     calibration_tokens: o.CalibrationTokens = None,
@@ -66,6 +67,7 @@ def sparsify(
         mend=mend,
         keep_statistics=keep_statistics,
         leave=o.names(leave),
+        also=o.names(also),
         existing=existing,
     )
     data: dict[str, Any] = present(

@@ -7,15 +7,17 @@ come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from regrow.artifacts.family import Family
 from regrow.artifacts.linear import Inputs
 from regrow.engines.walk import check_finite
 from regrow.errors import UnsupportedModel
@@ -116,8 +118,20 @@ def _stripes(square: Tensor) -> Iterator[Tensor]:
     return (square[a : a + STRIPE, a:] for a in range(0, len(square), STRIPE))
 
 
-def matrices(block: nn.Module, prefix: str) -> list[Matrix]:
-    """Every linear of a block, and every expert of fused ones. Routers are not among them."""
+def named(name: str, ends: Sequence[str]) -> bool:
+    """Whether a module is named by its end: `o_proj`, `layers.0.mlp.down_proj`; an expert by its stack's."""
+    plain = re.sub(r"\[\d+\]$", "", name)
+    return any(f".{plain}".endswith(f".{end}") for end in ends)
+
+
+def outside(model: Any, family: Family, also: Sequence[str]) -> list[Matrix]:
+    """The embedding and a head of its own, when they are named."""
+    paths = [path for path in (family.embed, family.head) if named(path, also)]
+    return [Matrix(path, model.get_submodule(path).weight, path) for path in paths]
+
+
+def matrices(block: nn.Module, prefix: str, also: Sequence[str] = ()) -> list[Matrix]:
+    """Every linear of a block, and every expert of fused ones; of other matrices, such as routers, those named."""
     found = []
     for path, module in block.named_modules():
         name = f"{prefix}.{path}"
@@ -127,7 +141,14 @@ def matrices(block: nn.Module, prefix: str) -> list[Matrix]:
             for part in FUSED:
                 stack = getattr(module, part)  # (E, m, n)
                 found += [Matrix(f"{name}.{part}[{e}]", stack[e], f"{path}.{part}[{e}]") for e in range(len(stack))]
+        elif _is_matrix(module) and named(name, also):
+            found.append(Matrix(name, cast(Tensor, module.weight), path))
     return found
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -154,7 +175,7 @@ class Observer:
 
     def __enter__(self) -> Observer:
         for path, module in self.block.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) or (self.sites is not None and _is_matrix(module)):
                 if self.sites is None or path in self.sites:
                     self.handles.append(module.register_forward_pre_hook(partial(self._linear, path)))
             elif is_experts(module) and (self.sites is None or any(s.startswith(f"{path}.") for s in self.sites)):

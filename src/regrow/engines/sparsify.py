@@ -7,7 +7,6 @@ What this gives up: errors that only show behind a later block.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from regrow.artifacts.linear import Inputs, Linear, Lowest, Solver, Sparse
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
-from regrow.engines.inputs import Matrix, Observer, Reading, matrices
+from regrow.engines.inputs import Matrix, Observer, Reading, matrices, named, outside
 from regrow.engines.readings import Readings
 from regrow.engines.removal import layer_arguments, run_layer
 from regrow.engines.room import give_back
@@ -41,6 +40,7 @@ class Method:
     give with the dense model's outputs as the target."""
     mend: float = 0.25  # with both: how far the target goes from the dense weights (0) to the dense outputs (1)
     keep_zeros: bool = False  # what is zero before stays zero
+    also: tuple[str, ...] = ()  # ends of names of routers, the head or the embedding, which stay dense else
 
     @property
     def mends(self) -> bool:
@@ -78,7 +78,7 @@ def sparsify(
     anatomy: Anatomy,
     blocks: Tensor | None,  # (n, T) int64; None when nothing is read
     method: Method,
-    patterns: Sequence[Pattern],  # one a layer
+    patterns: Sequence[Pattern],  # one a layer, and one more for what lies outside them
     *,
     leave: Sequence[str] = (),
     kept: Readings | None = None,
@@ -92,12 +92,13 @@ def sparsify(
     """
     layers = list(model.get_submodule(anatomy.family.layers).children())
     chosen = [
-        [m for m in matrices(layer, f"{anatomy.family.layers}.{i}") if not left_out(m.name, leave)]
+        [m for m in matrices(layer, f"{anatomy.family.layers}.{i}", method.also) if not named(m.name, leave)]
         for i, layer in enumerate(layers)
     ]
-    for i, found in enumerate(chosen):
+    beyond = outside(model, anatomy.family, method.also)
+    for pattern, found in zip(patterns, [*chosen, *([beyond] if beyond else [])], strict=False):
         for matrix in found:
-            patterns[i].check(matrix.name, matrix.weight.shape[1])
+            pattern.check(matrix.name, matrix.weight.shape[1])
     done: list[Pruned] = []
     routed = method.criterion.sees == "routed"
     read = blocks is not None and method.sees != "nothing"
@@ -107,7 +108,7 @@ def sparsify(
     for i, layer in enumerate(layers):
         readings = {} if ready is None else ready.load(i, method.sees, routed, model.device)
         if stream is not None:
-            sites = None if kept is not None else {matrix.site for matrix in chosen[i]}
+            sites = None if kept is not None else [matrix.site for matrix in chosen[i]]
             with Observer(layer, method.sees, routed, sites) as observer:
                 _read(layer, stream, dense, calls[i], observer, keep=method.inputs == "dense")
             readings = observer.readings
@@ -117,11 +118,16 @@ def sparsify(
         for reading, together in _by_reading(chosen[i], readings):
             give_back()
             done += _prune_together(together, i, reading, method, patterns[i], sequences)
-        if stream is not None and method.inputs != "dense" and i + 1 < len(layers):
+        if stream is not None and method.inputs != "dense" and (beyond or i + 1 < len(layers)):
             for k in range(len(stream)):
                 stream[k : k + 1] = run_layer(layer, stream[k : k + 1], *calls[i])
         if progress is not None:
             progress(i + 1, len(layers))
+    for matrix in beyond:
+        reading = _read_last(model, anatomy, matrix, stream, method)
+        done += _prune_together(
+            [matrix], len(layers), reading, method, patterns[-1], 1 if blocks is None else len(blocks)
+        )
     return done
 
 
@@ -153,19 +159,13 @@ def layer_values(
         scores = []
         for matrix in matrices(layer, f"{anatomy.family.layers}.{i}"):
             seen = readings.get(matrix.site)
-            if seen is not None and seen.tokens and not left_out(matrix.name, leave):
+            if seen is not None and seen.tokens and not named(matrix.name, leave):
                 norm = seen.inputs(len(blocks)).squares.sqrt()
                 scores.append((matrix.weight.abs().float() * norm).flatten())
         found.append(measure(torch.cat(scores)) if scores else 0.0)
         if progress is not None:
             progress(i + 1, len(layers))
     return found
-
-
-def left_out(name: str, leave: Sequence[str]) -> bool:
-    """`leave` names modules by their ends: `o_proj`, `layers.0.mlp.down_proj`."""
-    plain = re.sub(r"\[\d+\]$", "", name)
-    return any(f".{plain}".endswith(f".{end}") for end in leave)
 
 
 def _enter(model: Any, layers: list[nn.Module], blocks: Tensor) -> tuple[Tensor, list[Any]]:
@@ -189,6 +189,17 @@ def _read(layer: nn.Module, stream: Tensor, dense: Tensor | None, call: Any, obs
         output = run_layer(layer, stream[i : i + 1], *call)
         if keep:
             stream[i : i + 1] = output
+
+
+def _read_last(model: Any, anatomy: Anatomy, matrix: Matrix, stream: Tensor | None, method: Method) -> Reading | None:
+    """What the head reads of the `stream` (n, T, d) behind the last block; nothing of an embedding."""
+    if stream is None or matrix.site != anatomy.family.head:
+        return None
+    norm = model.get_submodule(anatomy.family.final_norm)
+    reading = Reading(matrix.weight.shape[1], method.sees, stream.device)
+    for sequence in stream:
+        reading.add(norm(sequence))
+    return reading
 
 
 def _by_reading(found: Sequence[Matrix], readings: dict[str, Reading]) -> Iterator[tuple[Reading | None, list[Matrix]]]:

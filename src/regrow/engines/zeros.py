@@ -1,14 +1,14 @@
 """Counts the zeros of a model in memory or of a folder, tensor by tensor, and tells whether a pattern is intact.
 
 Experts that a folder keeps apart are stacked as they are in memory, so both give one count and one hash. What this
-gives up: zeros outside the decoder layers; they are nobody's pattern.
+gives up: a few zeros outside the decoder layers, which are nobody's pattern.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from regrow.artifacts.shape import Anatomy
-from regrow.artifacts.sparsity import GROUPS, Sparsity, Zeros
+from regrow.artifacts.sparsity import GROUPS, SPARSE, Sparsity, Zeros
 from regrow.errors import BrokenModel
 
 KERNELS = {"cuSPARSELt": (16, 16), "CUTLASS": (32, 64)}
@@ -41,6 +41,17 @@ def prunable(anatomy: Anatomy) -> list[str]:
         for tensor in anatomy.tensors
         if tensor.layer is not None and tensor.matrix and not (routers and tensor.name.endswith(routers))
     ]
+
+
+def spared(anatomy: Anatomy) -> list[str]:
+    """Names of the other matrices, which stay dense unless somebody names them: routers, the embedding, a head."""
+    usual = set(prunable(anatomy))
+    return [tensor.name for tensor in anatomy.tensors if tensor.matrix and tensor.name not in usual]
+
+
+def counted(weights: Callable[[str], Tensor], anatomy: Anatomy) -> list[str]:
+    """Names of the matrices whose zeros count: those inside decoder layers, and of the others what is sparse."""
+    return [*prunable(anatomy), *(n for n in spared(anatomy) if float((weights(n) == 0).float().mean()) >= SPARSE)]
 
 
 def census(tensors: Iterable[tuple[str, Tensor]]) -> Sparsity:
@@ -68,12 +79,17 @@ def packed(mask: Tensor) -> bytes:
 def of_model(model: Any, anatomy: Anatomy) -> Sparsity:
     """The zeros of a model in memory."""
     parameters = dict(model.named_parameters())
-    return census((name, parameters[name].detach()) for name in prunable(anatomy))
+    return census((name, parameters[name].detach()) for name in counted(parameters.__getitem__, anatomy))
 
 
 def of_folder(folder: Path, names: list[str]) -> Sparsity:
     """The zeros of a checkpoint, without building the model."""
     return census(stored(folder, names))
+
+
+def names_in(folder: Path, anatomy: Anatomy) -> list[str]:
+    """Names of the matrices of a checkpoint whose zeros count."""
+    return counted(lambda name: next(stored(folder, [name]))[1], anatomy)
 
 
 def stored(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

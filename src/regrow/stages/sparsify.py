@@ -13,13 +13,15 @@ from torch import Tensor
 
 from regrow.artifacts.linear import SOLVERS, Solver
 from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.share import ZERO_SPREADS, share
 from regrow.artifacts.sparsity import SPARSE, Sparsity
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA, WeightCriterion
 from regrow.engines import checkpoint, zeros
 from regrow.engines.bind import Subject
+from regrow.engines.inputs import named
 from regrow.engines.readings import Readings
-from regrow.engines.sparsify import Method, Pruned, layer_values, left_out, sparsify
+from regrow.engines.sparsify import Method, Pruned, layer_values, sparsify
 from regrow.engines.trace import traces
 from regrow.errors import SettingsError, UnknownName
 from regrow.settings import Sparsify
@@ -73,6 +75,12 @@ def choose(settings: Sparsify) -> Method:
             )
     for solver in solvers:
         _check_values(solver, settings.options)
+    if settings.keep_statistics and settings.also:
+        raise SettingsError(
+            f"keep_statistics with also = {', '.join(settings.also)}",
+            "one of them: what is kept is read of the usual matrices",
+            "keep no statistics, or name nothing else",
+        )
     if settings.keep_statistics and settings.inputs != "dense":
         raise SettingsError(
             f"keep_statistics with inputs = {settings.inputs}",
@@ -86,6 +94,7 @@ def choose(settings: Sparsify) -> Method:
         inputs=settings.inputs,
         mend=settings.mend,
         keep_zeros=settings.existing == "keep",
+        also=settings.also,
     )
 
 
@@ -149,14 +158,15 @@ def check(subject: Subject, settings: Sparsify) -> Pattern:
     pattern = Pattern.parse(settings.pattern)
     names = zeros.prunable(subject.anatomy)
     shapes = {tensor.name: tensor.shape for tensor in subject.anatomy.tensors}
-    wanted = [name for name in names if not left_out(name.removesuffix(".weight"), settings.leave)]
+    wanted = [name for name in names if not named(name.removesuffix(".weight"), settings.leave)]
     for end in settings.leave:
-        if not any(left_out(name.removesuffix(".weight"), (end,)) for name in names):
+        if not any(named(name.removesuffix(".weight"), (end,)) for name in names):
             raise SettingsError(
                 f"leave = {end!r}, which names no linear inside a decoder layer",
                 "ends of names: " + ", ".join(sorted({n.removesuffix(".weight").rpartition(".")[2] for n in names})),
                 "correct it",
             )
+    wanted += _others(subject.anatomy, settings)
     if not wanted:
         raise SettingsError("every linear is left out", "at least one that may become sparse", "leave fewer out")
     for name in wanted:
@@ -169,6 +179,25 @@ def check(subject: Subject, settings: Sparsify) -> Pattern:
             "say --existing keep to leave every zero where it is, or start from the dense model",
         )
     return pattern
+
+
+def _others(anatomy: Anatomy, settings: Sparsify) -> list[str]:
+    """What `also` names. Raises `SettingsError` for what is not there, or cannot be judged by what it reads."""
+    names = {name.removesuffix(".weight"): name for name in zeros.spared(anatomy)}
+    for end in settings.also:
+        if not any(named(name, (end,)) for name in names):
+            raise SettingsError(
+                f"also = {end!r}, which names no router, no embedding and no head of its own",
+                "ends of names: " + ", ".join(sorted({name.rpartition(".")[2] for name in names})),
+                "correct it; a head that is tied to the embedding is named as that",
+            )
+    if named(anatomy.family.embed, settings.also) and choose(settings).sees != "nothing":
+        raise SettingsError(
+            f"also = {anatomy.family.embed} with a method that looks at inputs: an embedding reads no numbers",
+            "criteria that look at weights alone: magnitude",
+            "make it sparse in a run of its own, with --existing keep",
+        )
+    return [name for plain, name in names.items() if named(plain, settings.also)]
 
 
 def apply(
@@ -188,11 +217,12 @@ def apply(
     patterns = spread(subject, settings, asked, blocks, seed=seed, kept=kept, progress=progress)
     say = None if progress is None else lambda done, total: progress("sparsify", done, total)
     model, anatomy = subject.model, subject.anatomy
-    done = sparsify(model, anatomy, blocks, method, patterns, leave=settings.leave, kept=kept, progress=say)
+    each = [*patterns, *([asked] if settings.also else [])]
+    done = sparsify(model, anatomy, blocks, method, each, leave=settings.leave, kept=kept, progress=say)
     checkpoint.round_to(subject.model, subject.store)
     found = zeros.of_model(subject.model, subject.anatomy)
     notes = [f"{m.name}: {m.note}" for m in done if m.note]
-    dense = sum(m.zeros for m in found.matrices if left_out(m.name.removesuffix(".weight"), settings.leave))
+    dense = sum(m.zeros for m in found.matrices if named(m.name.removesuffix(".weight"), settings.leave))
     vanished = found.zeros - dense - sum(m.zeros for m in done)
     if vanished:
         notes.append(
@@ -233,7 +263,7 @@ def layer_sizes(subject: Subject, settings: Sparsify) -> list[int]:
     sizes = [0] * subject.anatomy.sizes["L"]
     names: Mapping[str, None] = dict.fromkeys(zeros.prunable(subject.anatomy))
     for tensor in subject.anatomy.tensors:
-        if tensor.name in names and not left_out(tensor.name.removesuffix(".weight"), settings.leave):
+        if tensor.name in names and not named(tensor.name.removesuffix(".weight"), settings.leave):
             total = 1
             for size in tensor.shape:
                 total *= size
