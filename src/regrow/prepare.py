@@ -61,8 +61,8 @@ def check(recipe: Recipe) -> Wish | None:
     if asked is not None and asked.tokens:
         as_train(asked, recipe.seed)
         DIVERGENCES.get(asked.loss)
-        if asked.teacher is not None:
-            checkpoint.locate(asked.teacher)
+        if asked.teacher not in (None, BASE):
+            checkpoint.locate(str(asked.teacher))
         tokens.check_lessons(documents(asked.text, "recovery"), asked.template, asked.learn)
         if asked.method in WHOLE and recipe.dtype != "fp32":
             raise SettingsError(

@@ -530,8 +530,8 @@ def test_a_reading_that_misses_a_linear_is_seen(monkeypatch: pytest.MonkeyPatch,
     right, _ = cut(sprout, text, method("wanda"), "50%")
     whole: Callable[..., list[engine.Matrix]] = matrices
 
-    def crossed(block: nn.Module, prefix: str) -> list[engine.Matrix]:
-        found = whole(block, prefix)
+    def crossed(*given: Any) -> list[engine.Matrix]:
+        found = whole(*given)
         return [engine.Matrix(m.name, m.weight, m.site.replace("o_proj", "q_proj")) for m in found]
 
     monkeypatch.setattr("regrow.engines.sparsify.matrices", crossed)

@@ -186,6 +186,9 @@ def test_routers_embeddings_and_heads_are_nobody_s_pattern(kind: str) -> None:
             if name.endswith("mlp.gate.weight") or "embed" in name or "norm" in name or "head" in name:
                 parameter.zero_()
     assert of_model(model, anatomy) == before
+    with torch.no_grad():
+        model.lm_head.weight.fill_(1)[:, 1::4] = 0
+    assert [m.name for m in of_model(model, anatomy).matrices] == [*names, "lm_head.weight"]
     blind = replace(anatomy, family=replace(anatomy.family, routers=()))
     assert len(prunable(blind)) == len(names) + 3
     assert of_model(model, blind) != before

@@ -32,6 +32,8 @@ APART: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """What hubs call the parts of a stack of experts, one expert at a time; parts lie below each other."""
 
+ROUTER = (".mlp.gate.", ".block_sparse_moe.gate.")  # what it is called in memory, and in Mixtral's own files
+
 
 def prunable(anatomy: Anatomy) -> list[str]:
     """Names of the weight matrices inside decoder layers, in the model's order; routers are not among them."""
@@ -49,9 +51,17 @@ def spared(anatomy: Anatomy) -> list[str]:
     return [tensor.name for tensor in anatomy.tensors if tensor.matrix and tensor.name not in usual]
 
 
-def counted(weights: Callable[[str], Tensor], anatomy: Anatomy) -> list[str]:
-    """Names of the matrices whose zeros count: those inside decoder layers, and of the others what is sparse."""
-    return [*prunable(anatomy), *(n for n in spared(anatomy) if float((weights(n) == 0).float().mean()) >= SPARSE)]
+def counted(weights: Callable[[str], Tensor | None], anatomy: Anatomy) -> list[str]:
+    """Names of the matrices whose zeros count: those inside decoder layers, and of the others what is sparse.
+
+    Rows that are nothing but zeros are no sign of that: they pad, or belong to tokens and experts that nobody uses.
+    """
+
+    def sparse(weight: Tensor | None) -> bool:
+        live = None if weight is None else weight[(weight != 0).any(-1)]  # (rows, n)
+        return live is not None and live.numel() > 0 and float((live == 0).float().mean()) >= SPARSE
+
+    return [*prunable(anatomy), *(name for name in spared(anatomy) if sparse(weights(name)))]
 
 
 def census(tensors: Iterable[tuple[str, Tensor]]) -> Sparsity:
@@ -89,7 +99,8 @@ def of_folder(folder: Path, names: list[str]) -> Sparsity:
 
 def names_in(folder: Path, anatomy: Anatomy) -> list[str]:
     """Names of the matrices of a checkpoint whose zeros count."""
-    return counted(lambda name: next(stored(folder, [name]))[1], anatomy)
+    where = _places(folder)
+    return counted(lambda name: _read(name, where) if {name, name.replace(*ROUTER)} & set(where) else None, anatomy)
 
 
 def stored(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -97,23 +108,30 @@ def stored(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
 
     Raises `BrokenModel` for a name that is not there.
     """
-    where = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
+    where = _places(folder)
     for name in names:
         yield name, torch.stack(experts) if (experts := _apart(name, where)) else _read(name, where)
 
 
+def _places(folder: Path) -> dict[str, Path]:
+    """The file of every tensor."""
+    where: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            where.update(dict.fromkeys(file.keys(), path))
+    return where
+
+
 def _read(name: str, where: Mapping[str, Path]) -> Tensor:
-    if name not in where:
+    kept = name if name in where else name.replace(*ROUTER)
+    if kept not in where:
         raise BrokenModel(
             f"no weight is called {name}",
             "a folder whose weights have the names of the model's parameters",
             "load the model with transformers and save it again",
         )
-    with safe_open(where[name], "pt") as file:
-        found: Tensor = file.get_tensor(name)
+    with safe_open(where[kept], "pt") as file:
+        found: Tensor = file.get_tensor(kept)
     return found
 
 
