@@ -58,8 +58,11 @@ def counted(weights: Callable[[str], Tensor | None], anatomy: Anatomy) -> list[s
     """
 
     def sparse(weight: Tensor | None) -> bool:
-        live = None if weight is None else weight[(weight != 0).any(-1)]  # (rows, n)
-        return live is not None and live.numel() > 0 and float((live == 0).float().mean()) >= SPARSE
+        if weight is None:
+            return False
+        full = (weight != 0).sum(-1)  # (rows,) weights that are not zero
+        live = int((full > 0).sum()) * weight.shape[-1]
+        return live > 0 and live - int(full.sum()) >= SPARSE * live
 
     return [*prunable(anatomy), *(name for name in spared(anatomy) if sparse(weights(name)))]
 
