@@ -34,7 +34,7 @@ class Statistics:
         if self.hessian is not None:
             self.hessian *= old / new
             scaled = (2 / new) ** 0.5 * flat
-            self.hessian += scaled.T @ scaled
+            self.hessian.addmm_(scaled.T, scaled)
         self.sequences = new
 
 
@@ -67,7 +67,10 @@ def groups(scores: Tensor, keep: int, of: int) -> Tensor:
 
 
 def sparsegpt(weight: Tensor, seen: Statistics | None, share: float, keep: int, of: int) -> Tensor:
-    """Column after column, each error made up for by the columns after it."""
+    """Column after column, each error made up for by the columns after it.
+
+    A block's columns are laid out as rows, which the published code does not do: faster, and harder to beat.
+    """
     assert seen is not None
     assert seen.hessian is not None
     weight, hessian = weight.clone(), seen.hessian.clone()
@@ -79,24 +82,24 @@ def sparsegpt(weight: Tensor, seen: Statistics | None, share: float, keep: int, 
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     for a in range(0, columns, BLOCK):
         b = min(a + BLOCK, columns)
-        part, own = weight[:, a:b].clone(), inverse[a:b, a:b]
+        part, own = weight[:, a:b].T.contiguous(), inverse[a:b, a:b]  # (b - a, rows)
         result, errors = torch.zeros_like(part), torch.zeros_like(part)
         gone = torch.zeros_like(part, dtype=torch.bool)
+        pivots = own.diagonal()[:, None]
         if not of:
-            scores = (part / own.diagonal()).square()
+            scores = (part / pivots).square()
             count = int(share * rows * b) - int(share * rows * a)
-            gone.view(-1)[scores.flatten().sort(stable=True).indices[:count]] = True
+            gone = scores <= scores.flatten().kthvalue(count).values
         for j in range(b - a):
             if of and j % of == 0:
-                scores = (part[:, j : j + of] / own.diagonal()[j : j + of]).square()
-                gone.scatter_(1, j + scores.sort(dim=1, stable=True).indices[:, : of - keep], True)
-            column = part[:, j].clone()
-            result[:, j] = column.masked_fill(gone[:, j], 0)
-            error = (column - result[:, j]) / own[j, j]
-            part[:, j:] -= error[:, None] * own[j, j:]
-            errors[:, j] = error
-        weight[:, a:b] = result
-        weight[:, b:] -= errors @ inverse[a:b, b:]
+                scores = (part[j : j + of] / pivots[j : j + of]).square()
+                gone.scatter_(0, j + scores.sort(dim=0, stable=True).indices[: of - keep], True)
+            column = part[j]
+            result[j] = column.masked_fill(gone[j], 0)
+            errors[j] = (column - result[j]) / own[j, j]
+            part[j:].addr_(own[j, j:], errors[j], alpha=-1)
+        weight[:, a:b] = result.T
+        weight[:, b:] -= errors.T @ inverse[a:b, b:]
     return weight
 
 
