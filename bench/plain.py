@@ -69,7 +69,8 @@ def groups(scores: Tensor, keep: int, of: int) -> Tensor:
 def sparsegpt(weight: Tensor, seen: Statistics | None, share: float, keep: int, of: int) -> Tensor:
     """Column after column, each error made up for by the columns after it.
 
-    A block's columns are laid out as rows, which the published code does not do: faster, and harder to beat.
+    Where the published code sorts a block for its threshold and makes a matrix for each update, this selects and adds
+    in place: the same results, sooner.
     """
     assert seen is not None
     assert seen.hessian is not None
@@ -82,24 +83,24 @@ def sparsegpt(weight: Tensor, seen: Statistics | None, share: float, keep: int, 
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     for a in range(0, columns, BLOCK):
         b = min(a + BLOCK, columns)
-        part, own = weight[:, a:b].T.contiguous(), inverse[a:b, a:b]  # (b - a, rows)
+        part, own = weight[:, a:b].clone(), inverse[a:b, a:b]
         result, errors = torch.zeros_like(part), torch.zeros_like(part)
         gone = torch.zeros_like(part, dtype=torch.bool)
-        pivots = own.diagonal()[:, None]
         if not of:
-            scores = (part / pivots).square()
+            scores = (part / own.diagonal()).square()
             count = int(share * rows * b) - int(share * rows * a)
             gone = scores <= scores.flatten().kthvalue(count).values
         for j in range(b - a):
             if of and j % of == 0:
-                scores = (part[j : j + of] / pivots[j : j + of]).square()
-                gone.scatter_(0, j + scores.sort(dim=0, stable=True).indices[: of - keep], True)
-            column = part[j]
-            result[j] = column.masked_fill(gone[j], 0)
-            errors[j] = (column - result[j]) / own[j, j]
-            part[j:].addr_(own[j, j:], errors[j], alpha=-1)
-        weight[:, a:b] = result.T
-        weight[:, b:] -= errors.T @ inverse[a:b, b:]
+                scores = (part[:, j : j + of] / own.diagonal()[j : j + of]).square()
+                gone.scatter_(1, j + scores.sort(dim=1, stable=True).indices[:, : of - keep], True)
+            column = part[:, j].clone()
+            result[:, j] = column.masked_fill(gone[:, j], 0)
+            error = (column - result[:, j]) / own[j, j]
+            part[:, j:].addr_(error, own[j, j:], alpha=-1)
+            errors[:, j] = error
+        weight[:, a:b] = result
+        weight[:, b:] -= errors @ inverse[a:b, b:]
     return weight
 
 

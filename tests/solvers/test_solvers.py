@@ -10,7 +10,7 @@ import torch
 from problems import COLUMNS, NAMES, ROWS, begin, error, inputs, least_squares, problem, solve, weights
 from torch import Tensor
 
-from regrow.artifacts.curvature import Curvature
+from regrow.artifacts.curvature import RUN, Curvature, invert
 from regrow.artifacts.linear import Linear, Sparse
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
@@ -317,6 +317,15 @@ def test_an_empty_weight_goes_first_however_high_its_score() -> None:
 
 
 # ---- curvature
+
+
+def test_a_triangular_matrix_is_inverted_by_halves() -> None:
+    torch.manual_seed(0)
+    upper = torch.linalg.cholesky(torch.cov(torch.randn(301, 900, dtype=torch.float64))).T.contiguous()
+    assert len(upper) > 2 * RUN, "two levels of halves"
+    found = invert(upper.clone())
+    assert torch.allclose(found @ upper, torch.eye(301, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(found, found.triu())
 
 
 def test_the_factor_and_what_follows_from_it() -> None:

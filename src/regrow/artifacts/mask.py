@@ -45,11 +45,11 @@ def lowest_of_rows(scores: torch.Tensor, count: int) -> torch.Tensor:  # (m, n) 
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     edge = scores.kthvalue(count, dim=1, keepdim=True).values  # (m, 1)
-    below, level = scores < edge, scores == edge
-    missing = count - below.sum(1, keepdim=True)  # (m, 1)
-    if bool((level.sum(1, keepdim=True) > missing).any()):  # ties at the edge
-        level &= level.cumsum(1) <= missing
-    return below | level
+    gone = scores <= edge
+    if int(gone.sum()) > count * len(scores):  # ties at the edge: the lower columns go
+        below, level = scores < edge, scores == edge
+        gone = below | (level & (level.cumsum(1) <= count - below.sum(1, keepdim=True)))
+    return gone
 
 
 def lowest_of_counts(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:  # (m, n), (m,) -> (m, n) bool
