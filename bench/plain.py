@@ -23,14 +23,14 @@ class Statistics:
     def __init__(self, linear: nn.Linear, hessian: bool) -> None:
         n = linear.in_features
         self.sequences = 0
-        self.squares = torch.zeros(n)
+        self.squares = torch.zeros(n, dtype=torch.float64)  # wider than published: any order gives the same sum
         self.hessian = torch.zeros(n, n) if hessian else None
 
     def add(self, x: Tensor) -> None:
         """(1, T, n)"""
         flat = x.reshape(-1, x.shape[-1]).float()
         old, new = self.sequences, self.sequences + x.shape[0]
-        self.squares = self.squares * (old / new) + flat.square().sum(0) / new
+        self.squares = self.squares * (old / new) + flat.square().sum(0, dtype=torch.float64) / new
         if self.hessian is not None:
             self.hessian *= old / new
             scaled = (2 / new) ** 0.5 * flat
@@ -50,7 +50,7 @@ def magnitude(weight: Tensor, _: Statistics | None, share: float, keep: int, of:
 def wanda(weight: Tensor, seen: Statistics | None, share: float, keep: int, of: int) -> Tensor:
     """|w| |x|, within each row."""
     assert seen is not None
-    scores = weight.abs() * seen.squares.sqrt()
+    scores = weight.abs() * seen.squares.float().sqrt()
     if of:
         return weight.masked_fill(groups(scores, keep, of), 0)
     gone = torch.zeros_like(scores, dtype=torch.bool)

@@ -72,7 +72,21 @@ def quality(data: dict[str, Any]) -> str:
         "(their number where fewer than 3). In brackets: how far below SparseGPT on the same seeds. `plain` are the "
         "published loops, written from their specification in `bench/plain.py`.\n\n"
     )
-    return about + table(["method", *PATTERNS], body)
+    return about + table(["method", *PATTERNS], body) + "\n\n" + masks(data["rows"])
+
+
+def masks(rows: Rows) -> str:
+    """In how many runs two methods that should agree left the same zeros in the whole model."""
+    found = []
+    for name in ("magnitude", "wanda"):
+        pairs = [
+            (row, rows[f"plain {key}"])
+            for key, row in rows.items()
+            if key.startswith(f"{name} ") and f"plain {key}" in rows
+        ]
+        both = [(a["mask"], b["mask"]) for a, b in pairs if "mask" in a and "mask" in b]
+        found.append(f"{name} in {sum(a == b for a, b in both)} of {len(both)} runs")
+    return f"The same zeros in the whole model as the plain loop: {', '.join(found)}."
 
 
 def speed(data: dict[str, Any]) -> str:

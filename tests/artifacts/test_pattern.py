@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from regrow.artifacts.mask import Within, lowest, lowest_of_counts, lowest_of_groups, lowest_of_rows
+from regrow.artifacts.mask import SAMPLE, Within, lowest, lowest_of_counts, lowest_of_groups, lowest_of_rows, smallest
 from regrow.artifacts.pattern import Pattern
 from regrow.errors import SettingsError
 
@@ -130,3 +130,12 @@ def test_columns_that_move_together_move_the_mask() -> None:
         pattern = Pattern.parse(text)
         same = torch.equal(lowest(scores[:, order], pattern, within), lowest(scores, pattern, within)[:, order])
         assert same is moves
+
+
+@pytest.mark.parametrize("size", [1, 7, SAMPLE, 3 * SAMPLE + 5, 20 * SAMPLE])
+def test_the_smallest_by_a_sample_is_the_smallest_by_a_sort(size: int) -> None:
+    torch.manual_seed(size)
+    misleading = torch.arange(size) % max(1, size // SAMPLE)  # every entry that the sample looks at is 0
+    for values in (torch.rand(size), torch.randint(0, 5, (size,)).float(), torch.ones(size), misleading.float()):
+        for k in {1, 1 + size // 3, (size + 1) // 2, size}:
+            assert smallest(values, k) == values.sort().values[k - 1]

@@ -1,8 +1,7 @@
 """What a solver is given, one linear at a time, and what it returns; and the decorator that registers one.
 
 Solvers chain: the first starts from what the criterion gives, each other from the mask that the one before left, and
-some from its weights too. What this gives up: errors of one
-linear that another could make up for.
+some from its weights too. What this gives up: errors of one linear that another could make up for.
 """
 
 from __future__ import annotations

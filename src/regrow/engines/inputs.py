@@ -52,7 +52,7 @@ class Reading:
         self.cross: Tensor | None = None  # (n, n) fp32 sum of x_dense x^T
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """`x` (N, n) in any float type; sums are fp32 within a batch and fp64 over batches.
+        """`x` (N, n) in any float type; sums of squares are fp64, other sums fp32 within a batch.
 
         `dense` (N, n) is what the same site reads in the dense model.
         """
@@ -67,7 +67,7 @@ class Reading:
                 part.addmm_(x[:, a : a + STRIPE].T, x[:, a:])
         else:
             for part in torch.split(x, ROWS):
-                self.squares += part.square().sum(0).to(self.wide)
+                self.squares += part.square().sum(0, dtype=self.wide)
         if self.moments:  # Chan's formula: the means of two batches differ
             variance, mean = (v.to(self.wide) for v in torch.var_mean(x, 0, correction=0))
             total, gap = self.tokens + len(x), mean - self.mean

@@ -79,8 +79,8 @@ def _in_turn(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple
     runs = [slice(i, i + RUN) for i in range(0, len(below), RUN)]
     powers = 1 << torch.arange(RUN, dtype=torch.int32, device=gone.device)
     sets = torch.arange(2**RUN, device=gone.device)[:, None] & powers > 0  # (2^RUN, RUN) bit j stands for column j
-    turns = _turns(sets, torch.stack([below[run, run].T for run in runs]))  # (r, 2^RUN, RUN, RUN)
-    table = turns.flatten(2).transpose(1, 2).contiguous()  # (r, RUN * RUN, 2^RUN)
+    corners = torch.stack([below[run, run] for run in runs])  # (r, RUN, RUN)
+    table = _turns(sets, corners.mT).flatten(2).mT.contiguous()  # (r, RUN * RUN, 2^RUN)
     bits = torch.nn.functional.pad(gone.T, (0, 0, 0, pad)).contiguous().view(-1, RUN, rows)  # (r, RUN, m)
     which = (bits * powers[:, None]).sum(1, dtype=torch.int32)  # (r, m)
 
@@ -97,8 +97,8 @@ def _in_turn(part: torch.Tensor, gone: torch.Tensor, own: torch.Tensor) -> tuple
         solve(middle, last)
 
     solve(0, len(runs))
-    errors = error[:width].T
-    return (part - errors @ own).mul_(~gone), errors
+    moved.view(-1, RUN, rows).baddbmm_(corners, error.view(-1, RUN, rows), alpha=-1)  # what a run does to itself
+    return moved.mul_(~bits.flatten(0, 1))[:width].T, error[:width].T
 
 
 def _turns(sets: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:  # (S, c) bool, (r, c, c) -> (r, S, c, c)
@@ -107,11 +107,12 @@ def _turns(sets: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:  # (S, c) 
     Errors e_j = (w_j - sum_{i<j} e_i U_ij) / U_jj where gone, else 0, by forward substitution.
     """
     runs, width, _ = blocks.shape
-    columns = blocks.new_empty(width, runs, len(sets), width)
     unit = torch.eye(width, dtype=blocks.dtype, device=blocks.device)
+    columns = unit[:, None, None].repeat(1, runs, len(sets), 1)  # (c, r, S, c)
     for j in range(width):
-        done = torch.einsum("irsc,ri->rsc", columns[:j], blocks[:, :j, j])
-        columns[j] = torch.where(sets[:, j, None], (unit[j] - done) / blocks[:, j, j, None, None], 0)
+        for i in range(j):
+            columns[j].addcmul_(columns[i], blocks[:, i, j, None, None], value=-1)
+        columns[j].mul_(torch.where(sets[:, j, None], 1 / blocks[:, j, j, None, None], 0))
     return columns.movedim(0, -1).contiguous()
 
 

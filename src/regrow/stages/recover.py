@@ -1,8 +1,7 @@
 """Stage recover: a short training puts back some of what the cut took; weights end rounded to the storage type.
 
 The goal is the text's next token, or a teacher's predictions. Of a sparse model every zero stays, except under plain
-LoRA, which says so, and AST, which moves them and says how many. What this gives up: a mixture of
-both goals.
+LoRA, which says so, and AST, which moves them and says how many. What this gives up: a mixture of both goals.
 """
 
 from __future__ import annotations
