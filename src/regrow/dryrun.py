@@ -19,7 +19,7 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
 from regrow.artifacts.share import ZERO_SPREADS
-from regrow.engines import tasks
+from regrow.engines import likelihood, tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
@@ -44,7 +44,7 @@ FACTOR = (6.1, 0.0)  # copies of a linear's Gram matrix, and of its weights, whi
 WORK = {"refit": (3.0, 14.0), "alps": (10.2, 0.0), "dsnot": (0.0, 20.0)}
 """The same at the peak of a solver that needs more; measured (bench/sparse_memory.py)."""
 PROBES, PROBE_PASSES, PROBE_COPIES = 4, 9.0, 4.0  # of a Hessian's trace: blocks, forward passes each, of the model
-ITEM_TOKENS = 4 * 60  # of a task's item: about four choices of sixty tokens with their question
+ITEM_TOKENS = 80  # of a task's item: about forty that its choices share, and ten of each of four
 
 
 def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -228,8 +228,8 @@ def _inputs(anatomy: Anatomy) -> list[tuple[int, int, int]]:
 
 
 def task_logits(asked: Evaluate, anatomy: Anatomy) -> int:
-    """Most bytes that logits of tasks take: the harness holds them twice, in fp32; long texts go in smaller batches."""
-    return 2 * 4 * min(tasks.LOGITS, asked.batch * tasks.CONTEXT * anatomy.sizes["V"]) if asked.tasks else 0
+    """Most bytes that logits of tasks take, in fp32; long texts go in smaller batches."""
+    return 4 * min(likelihood.LOGITS, asked.batch * tasks.CONTEXT * anatomy.sizes["V"]) if asked.tasks else 0
 
 
 def _row(stage: str, tokens: int, flops_per_token: float, peak: float, gflops: float) -> dict[str, Any]:

