@@ -202,12 +202,14 @@ def test_errors_are_those_of_the_outputs(sprout: Subject, text: Tensor) -> None:
 
 def test_inputs_of_blocks(sprout: Subject, text: Tensor) -> None:
     """In one pass a block reads what the dense model gives it; `both` aims at the dense model's outputs."""
+    few = behind(sprout.model)
     found = {
-        kind: cut(sprout, text, method("wanda", "alps", inputs=kind), "2:4")[0] for kind in ("pruned", "dense", "both")
+        kind: cut(sprout, text, method("wanda", "alps", inputs=kind), "2:4", leave=few)[0]
+        for kind in ("pruned", "dense", "both")
     }
     first = [zeros(model)["model.layers.0.self_attn.q_proj.weight"] for model in found.values()]
     assert torch.equal(first[0], first[1])
-    last = [zeros(model)["model.layers.5.mlp.down_proj.weight"] for model in found.values()]
+    last = [zeros(model)["model.layers.1.mlp.down_proj.weight"] for model in found.values()]
     assert not torch.equal(last[0], last[1])
     queries = [model.model.layers[1].self_attn.q_proj.weight for model in found.values()]
     assert not torch.equal(queries[0], queries[2])
@@ -234,13 +236,12 @@ def test_one_pass_reads_what_the_dense_model_gives(sprout: Subject, text: Tensor
 def test_zeros_that_are_there_stay(sprout: Subject, text: Tensor) -> None:
     half, _ = cut(sprout, text, method("magnitude"), "30%")
     subject = Subject(half, sprout.tokenizer, sprout.anatomy, sprout.source, sprout.store)
+    few, before = behind(half), zeros(half)
     for name, solver in (("wanda", "none"), ("sparsegpt", "update"), ("wanda", "alps")):
-        more, _ = cut(subject, text, method(name, solver, keep_zeros=True), "50%")
-        free, _ = cut(subject, text, method(name, solver), "50%")
-        kept = [bool((zeros(more)[k] | ~mask).all()) for k, mask in zeros(half).items()]
-        assert all(kept)
-        if solver == "alps":
-            assert not all(bool((zeros(free)[k] | ~mask).all()) for k, mask in zeros(half).items())
+        more = zeros(cut(subject, text, method(name, solver, keep_zeros=True), "50%", leave=few)[0])
+        assert all(bool((more[k] | ~mask).all()) for k, mask in before.items())
+    free = zeros(cut(subject, text, method("wanda", "alps"), "50%", leave=few)[0])
+    assert not all(bool((free[k] | ~mask).all()) for k, mask in before.items())
 
 
 @pytest.mark.parametrize("pattern", ["50%", "2:4"])
@@ -256,9 +257,10 @@ def test_zeros_that_are_there_are_counted(
             if "proj" in name:
                 weight.masked_fill_(torch.rand(weight.shape, generator=source) < 0.1, 0)
     subject = Subject(few, sprout.tokenizer, sprout.anatomy, sprout.source, sprout.store)
-    model, _ = cut(subject, text[:4], method("wanda", solver, inputs=inputs, keep_zeros=True), pattern)
-    after = zeros(model)
-    for name, before in zeros(few).items():
+    asked = method("wanda", solver, inputs=inputs, keep_zeros=True)
+    model, done = cut(subject, text[:4], asked, pattern, leave=behind(few))
+    after, empty = zeros(model), zeros(few)
+    for name, before in ((f"{item.name}.weight", empty[f"{item.name}.weight"]) for item in done):
         assert bool(after[name][before].all())
         if pattern == "50%":
             assert int(after[name].sum()) * 2 == before.numel()
