@@ -2,7 +2,7 @@
 
 A row has a key; a key that is there is not measured again, unless the command says `--fresh`. Each row carries when, by
 which commit and in how many threads it was measured. The file is replaced whole after every row, under a lock and with
-the rows that another process has added meanwhile, so several may share one bench.
+the rows that another process has added meanwhile, so several may share one bench: a job is claimed before it begins.
 """
 
 from __future__ import annotations
@@ -12,16 +12,33 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from regrow.cache import cache_dir
 from regrow.engines.clock import machine
 
 RESULTS = Path(__file__).with_name("results")
 FRESH = "--fresh" in sys.argv
 sys.argv = [word for word in sys.argv if word != "--fresh"]
+
+
+WAIT = 20  # seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something that leaves rows; `run` makes `done` true."""
+
+    name: str
+    done: Callable[[], bool]
+    run: Callable[[], object]
+    ready: Callable[[], bool] = lambda: True
 
 
 class Ledger:
@@ -54,15 +71,46 @@ class Ledger:
         row: dict[str, Any] = self.data["rows"][key]
         return row
 
+    def refresh(self) -> None:
+        """Take in the rows that others have added."""
+        if self.path.exists():
+            self.data["rows"] |= json.loads(self.path.read_text())["rows"]
+
+    def work(self, jobs: Sequence[Job]) -> None:
+        """Do all `jobs`, the first that can begin first, each once among all processes that share the bench."""
+        while left := [job for job in jobs if not job.done()]:
+            for job in left:
+                if job.ready():
+                    with claimed(f"{self.path.stem} {job.name}") as mine:
+                        self.refresh()
+                        if mine and not job.done():
+                            job.run()
+                            break
+            else:
+                time.sleep(WAIT)  # others work on all that is left, or on what it needs
+            self.refresh()
+
     def save(self) -> None:
         RESULTS.mkdir(exist_ok=True)
         with self.path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.path.exists():
-                self.data["rows"] |= json.loads(self.path.read_text())["rows"]
+            self.refresh()
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self.data, indent=1))
             partial.replace(self.path)
+
+
+@contextmanager
+def claimed(name: str) -> Iterator[bool]:
+    """Whether this process alone works on `name` while this is open; a process that dies gives up its claims."""
+    path = cache_dir("bench-claims", name.replace("/", "-").replace(":", "-").replace("%", ""))
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def place(word: str) -> str:

@@ -1,12 +1,13 @@
 """SPP and its rivals on SmolLM2 after one-shot pruning: the same text, tokens and batches, every zero kept.
 
-    python bench/spp.py --text PATH/wiki.test.raw [--share 1/2]
+    python bench/spp.py --text PATH/wiki.test.raw
 
 Start: SparseGPT at 2:4 and at 75 %, 8,192 calibration tokens, seed 0. Rank 16, scale 2, no dropout; 1,024 tokens a
 step, warm-up and then a constant rate, so one run passes all marks. Every arm tries the same three rates for 50k tokens
 from 2:4 and goes on with the one whose merged and rounded model has the lowest loss on held-out demo text; from 75 % it
 takes that rate too, and SPP with a teacher takes SPP's. Perplexity: first 20,480 tokens of the text, blocks of 2048.
-Tasks: the same first 500 items each. Rows and checkpoints are kept, so it can be stopped at any time.
+Tasks: the same first 500 items each. Rows and checkpoints are kept, so it can be stopped at any time, and several
+processes may work on it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import copy
 import hashlib
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cutting import calibration
-from ledger import Ledger
+from ledger import Job, Ledger
 from regrow.artifacts.goal import DIVERGENCES
 from regrow.cache import cache_dir, replacing
 from regrow.engines import masks
@@ -51,6 +51,7 @@ ARMS = {"spp": "spp", "lora-masked": "lora", "hira": "hira", "ia3": "ia3", "full
 STARTS = {"2:4": LONG, "75%": SHORT}
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
 ITEMS = 500
+RIVAL = "best rival"
 
 
 class Enough(Exception):
@@ -60,32 +61,8 @@ class Enough(Exception):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--share", default="1/1")
-    asked = parser.parse_args()
-    mine, shares = map(int, asked.share.split("/"))
-    bench = Bench(asked.text.read_text())
-    arms = list(ARMS)
-    bench.measure_start("dense")
-    for start in STARTS:
-        bench.measure_start(start)
-    for arm in arms[mine - 1 :: shares]:
-        for rate in RATES:
-            bench.reach("2:4", arm, rate, TRIAL)
-    for start, mark in STARTS.items():
-        for arm in arms[mine - 1 :: shares]:
-            bench.reach(start, arm, bench.rate(arm), mark)
-        if mine == 1:
-            bench.reach(start, "spp, teacher", bench.rate("spp"), mark)
-    if mine == shares:
-        bench.answer("dense")
-        bench.answer("2:4 start")
-    for arm in ["spp, teacher", *arms][mine - 1 :: shares]:
-        bench.answer(f"2:4 {arm} at {LONG}")
-    if mine == 1:
-        rival = bench.rival()
-        for arm in ("spp", rival):
-            bench.reach("2:4", arm, bench.rate(arm), LONGEST)
-            bench.answer(f"2:4 {arm} at {LONGEST}")
+    bench = Bench(parser.parse_args().text.read_text())
+    bench.ledger.work(bench.jobs())
 
 
 class Bench:
@@ -106,6 +83,61 @@ class Bench:
         self.heldout = blocks(documents("demo", "heldout"), tokenizer, block=512, tokens=8192, seed=0)
         self.training = blocks(documents("demo", "recovery"), tokenizer, block=BLOCK, tokens=LONGEST, seed=0)
 
+    def jobs(self) -> list[Job]:
+        """In the order of their worth."""
+        arms = [*ARMS, "spp, teacher"]
+        return [
+            *(self.start(start) for start in ("dense", *STARTS)),
+            *(self.trained("2:4", arm, rate, TRIAL) for arm in ARMS for rate in RATES),
+            *(self.trained("2:4", arm, None, LONG) for arm in arms),
+            *(self.trained("2:4", arm, None, LONGEST) for arm in ("spp", RIVAL)),
+            *(self.trained("75%", arm, None, SHORT) for arm in arms),
+            *(self.answered(name, task) for name in ("dense", "2:4 start") for task in TASKS),
+            *(self.answered(f"2:4 {arm} at {LONG}", task) for arm in arms for task in TASKS),
+            *(self.answered(f"2:4 {arm} at {LONGEST}", task) for arm in ("spp", RIVAL) for task in TASKS),
+        ]
+
+    def start(self, start: str) -> Job:
+        key = "dense" if start == "dense" else f"{start} start"
+        return Job(key, lambda: key in self.rows, lambda: self.measure_start(start))
+
+    def trained(self, start: str, arm: str, rate: float | None, mark: int) -> Job:
+        """A training until `mark`; without a rate, with the one that the trials chose."""
+
+        def ready() -> bool:
+            return f"{start} start" in self.rows and (rate is not None or self.settled(arm))
+
+        def chosen() -> tuple[str, str, float, int]:
+            named = self.rival() if arm == RIVAL else arm
+            return start, named, self.rate(named) if rate is None else rate, mark
+
+        name = f"{start} {arm} rate {rate or 'chosen'} until {mark}"
+        return Job(name, lambda: ready() and self.reached(*chosen()), lambda: self.reach(*chosen()), ready)
+
+    def answered(self, name: str, task: str) -> Job:
+        """Zero-shot answers of a model: `dense`, `2:4 start`, or what a training has left."""
+
+        def ready() -> bool:
+            return (RIVAL not in name or self.settled(RIVAL)) and (" at " not in name or place(real()).exists())
+
+        def real() -> str:
+            return name.replace(RIVAL, self.rival()) if RIVAL in name else name
+
+        def done() -> bool:
+            return ready() and f"{real()}: {task}" in self.rows
+
+        return Job(f"{name}, {task}", done, lambda: self.answer(real(), task), ready)
+
+    def settled(self, arm: str) -> bool:
+        """Whether all rates of an arm were tried; of the rival, whether it is known who that is."""
+        if arm == RIVAL:
+            return all(self.settled(one) and self.reached("2:4", one, self.rate(one), LONG) for one in ARMS)
+        return all(f"2:4 {arm.partition(',')[0]} rate {rate:g} at {TRIAL}" in self.rows for rate in RATES)
+
+    def reached(self, start: str, arm: str, rate: float, mark: int) -> bool:
+        key = f"{start} {arm} rate {rate:g} at "
+        return f"{key}{mark}" in self.rows or "broken" in self.rows.get(f"{key}{TRIAL}", {})
+
     def measure_start(self, start: str) -> None:
         def measure() -> dict[str, Any]:
             subject = started(start)
@@ -121,14 +153,17 @@ class Bench:
         }
 
     def rate(self, arm: str) -> float:
-        """The one with the lowest held-out loss after the trial."""
-        rows = {rate: self.rows[f"2:4 {arm} rate {rate:g} at {TRIAL}"] for rate in RATES}
+        """The one with the lowest held-out loss after the trial; with a teacher, that of the arm without."""
+        rows = {rate: self.rows[f"2:4 {arm.partition(',')[0]} rate {rate:g} at {TRIAL}"] for rate in RATES}
         return min(rows, key=lambda rate: rows[rate].get("heldout", math.inf))
 
     def rival(self) -> str:
-        """SPP's best at equal tokens, by held-out loss; the arms that another process measures are waited for."""
-        others = [arm for arm in ARMS if arm != "spp"]
-        return min(others, key=lambda arm: self.rows[f"2:4 {arm} rate {self.rate(arm):g} at {LONG}"]["heldout"])
+        """SPP's best at equal tokens, by held-out loss."""
+
+        def loss(arm: str) -> float:
+            return float(self.rows.get(f"2:4 {arm} rate {self.rate(arm):g} at {LONG}", {}).get("heldout", math.inf))
+
+        return min((arm for arm in ARMS if arm != "spp"), key=loss)
 
     def reach(self, start: str, arm: str, rate: float, mark: int) -> None:
         """Train until `mark`, measuring on the way at every mark that was not measured before."""
@@ -136,8 +171,6 @@ class Bench:
         def key(tokens: int) -> str:
             return f"{start} {arm} rate {rate:g} at {tokens}"
 
-        if key(mark) in self.rows or "broken" in self.rows.get(key(TRIAL), {}):
-            return
         subject = started(start)
         empty = masks.masks_of(subject.model, subject.anatomy)
         kind = ARMS[arm.partition(",")[0]]
@@ -176,25 +209,20 @@ class Bench:
             why = broken.came
             self.ledger.row(key(TRIAL), lambda: {"broken": why, "rate": rate})
 
-    def answer(self, name: str) -> None:
-        """Zero-shot answers of a model, item by item, a row a task."""
+    def answer(self, name: str, task: str) -> None:
+        """Item by item."""
 
-        @cache
-        def subject() -> Subject:
-            return started("dense" if name == "dense" else "2:4") if name in ("dense", "2:4 start") else kept(name)
+        def ask() -> dict[str, Any]:
+            subject = kept(name) if " at " in name else started(name.removesuffix(" start"))
+            items = answer_tasks(subject.model, subject.tokenizer, [task], limit=ITEMS)[task]
+            return {
+                "correct": "".join("01"[right] for right in items.correct),
+                "gold_bits": [round(bits, 3) for bits in items.gold_bits],
+                "gold_bytes": items.gold_bytes,
+                "chance": sum(1 / n for n in items.choices) / len(items.choices),
+            }
 
-        for task in TASKS:
-
-            def ask(task: str = task) -> dict[str, Any]:
-                items = answer_tasks(subject().model, subject().tokenizer, [task], limit=ITEMS)[task]
-                return {
-                    "correct": "".join("01"[right] for right in items.correct),
-                    "gold_bits": [round(bits, 3) for bits in items.gold_bits],
-                    "gold_bytes": items.gold_bytes,
-                    "chance": sum(1 / n for n in items.choices) / len(items.choices),
-                }
-
-            self.ledger.row(f"{name}: {task}", ask)
+        self.ledger.row(f"{name}: {task}", ask)
 
 
 def place(name: str) -> Path:
