@@ -1,6 +1,9 @@
-"""Makes `docs/results.md` and the table in `README.md` from the JSON in `bench/results/`; no number is typed by hand.
+"""Makes `docs/results.md` and tables of `README.md` and `docs/sparse.md` from the JSON in `bench/results/`.
 
-python bench/render.py            writes both
+No number is typed by hand.
+
+
+python bench/render.py            writes them
 python bench/render.py --check    exits with 1 when they are not what the JSON says
 """
 
@@ -185,17 +188,21 @@ def results() -> str:
     return "\n".join(parts)
 
 
-def readme(text: str) -> str:
-    """README with the block between the marks replaced."""
-    data = load("criteria")
-    block = criteria(data) if data else "Not measured yet."
+def with_block(page: str, block: str) -> str:
+    """A page with what stands between the marks replaced."""
+    text = (ROOT / page).read_text()
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
 def main() -> int:
-    pages = {ROOT / "docs" / "results.md": results(), ROOT / "README.md": readme((ROOT / "README.md").read_text())}
+    criteria_data = load("criteria")
+    pages = {
+        ROOT / "docs" / "results.md": results(),
+        ROOT / "README.md": with_block("README.md", criteria(criteria_data) if criteria_data else "Not measured yet."),
+        ROOT / "docs" / "sparse.md": with_block("docs/sparse.md", render_sparse.gains(load("sparse"), load("spp"))),
+    }
     if "--check" in sys.argv:
         stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text() != text]
         print(f"stale: {', '.join(stale)}" if stale else "results are what the JSON says")

@@ -9,6 +9,7 @@ from typing import Any
 
 Rows = dict[str, dict[str, Any]]
 PATTERNS = ("50%", "2:4", "75%", "2:8")
+CURVE = ["start, method", "rate", "trained numbers", "tokens", "perplexity", "gap closed", "weights changed"]
 ARMS = ("spp", "lora-masked", "hira", "ia3", "full", "spp, teacher")
 
 
@@ -53,8 +54,13 @@ def choices(data: dict[str, Any]) -> str:
 
 def quality(data: dict[str, Any]) -> str:
     """Perplexity of every method and pattern; beside ours, how far below SparseGPT's on the same seeds."""
+    return f"{shown_by(data, plain=True)}\n\n{masks(data['rows'])}"
+
+
+def shown_by(data: dict[str, Any], *, plain: bool) -> str:
+    """With `plain`, the published loops too."""
     found = by_method(data["rows"])
-    names = list(dict.fromkeys(name for name, _ in found))
+    names = [name for name in dict.fromkeys(name for name, _ in found) if plain or not name.startswith("plain")]
     body = []
     for name in sorted(names, key=lambda n: (n.startswith("plain"), names.index(n))):
         cells = []
@@ -69,10 +75,25 @@ def quality(data: dict[str, Any]) -> str:
         f"Perplexity without training; dense {data['rows']['dense']['perplexity']:.2f}. Calibration: "
         f"{settings['tokens']:,} tokens of {settings['text']} text in blocks of {settings['block']}; evaluation: "
         "WikiText-2 test, first 20,480 tokens, blocks of 2048. Mean ± standard deviation over calibration seeds "
-        "(their number where fewer than 3). In brackets: how far below SparseGPT on the same seeds. `plain` are the "
-        "published loops, written from their specification in `bench/plain.py`.\n\n"
+        "(their number where fewer than 3). In brackets: how far below SparseGPT on the same seeds. "
     )
-    return about + table(["method", *PATTERNS], body) + "\n\n" + masks(data["rows"])
+    loops = (
+        "`plain` are the published loops, written from their specification in `bench/plain.py`; sums of squares are "
+        "wider there than published."
+    )
+    return about + (loops if plain else "") + "\n\n" + table(["method", *PATTERNS], body)
+
+
+def gains(sparse: dict[str, Any] | None, spp: dict[str, Any] | None) -> str:
+    """What choices gain, in short."""
+    parts = [shown_by(sparse, plain=False)] if sparse else []
+    curves = curve_rows(spp["rows"]) if spp else []
+    if curves:
+        parts.append(
+            "With training, from SparseGPT's zeros; the methods, texts and tokens of [results.md](results.md):\n\n"
+            + table(CURVE, curves)
+        )
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 def masks(rows: Rows) -> str:
@@ -129,7 +150,29 @@ def recovery(data: dict[str, Any]) -> str:
     """Curves of perplexity, then zero-shot tasks in pairs."""
     rows: Rows = data["rows"]
     dense = rows["dense"]["perplexity"]
-    body = []
+    about = (
+        f"Dense {dense:.2f}. One run each, seed 0; every zero kept, checked at every mark. Rates were chosen on "
+        "held-out demo text after 50k tokens; the evaluation text was not looked at before.\n\n"
+    )
+    trials = [
+        [
+            k.partition(" rate ")[0],
+            f"{r['rate']:g}",
+            f"{r['heldout']:.3f}" if "heldout" in r else f"broke: {r['broken']}",
+        ]
+        for k, r in rows.items()
+        if " rate " in k and ("broken" in r or "perplexity" not in r)
+    ]
+    parts = [about + table(CURVE, curve_rows(rows)), table(["trial", "rate", "held-out loss after 50k tokens"], trials)]
+    shown = answers(rows)
+    return "\n\n".join([*parts, shown] if shown else parts)
+
+
+def curve_rows(rows: Rows) -> list[list[str]]:
+    """A line for each start, and for each mark that a training passed."""
+    if "dense" not in rows:
+        return []
+    dense, body = rows["dense"]["perplexity"], []
     for start in ("2:4", "75%"):
         if f"{start} start" not in rows:
             continue
@@ -150,23 +193,7 @@ def recovery(data: dict[str, Any]) -> str:
                         f"{100 * row['changed']:.0f} %",
                     ]
                 )
-    head = ["start, method", "rate", "trained numbers", "tokens", "perplexity", "gap closed", "weights changed"]
-    about = (
-        f"Dense {dense:.2f}. One run each, seed 0; every zero kept, checked at every mark. Rates were chosen on "
-        "held-out demo text after 50k tokens; the evaluation text was not looked at before.\n\n"
-    )
-    trials = [
-        [
-            k.partition(" rate ")[0],
-            f"{r['rate']:g}",
-            f"{r['heldout']:.3f}" if "heldout" in r else f"broke: {r['broken']}",
-        ]
-        for k, r in rows.items()
-        if " rate " in k and ("broken" in r or "perplexity" not in r)
-    ]
-    parts = [about + table(head, body), table(["trial", "rate", "held-out loss after 50k tokens"], trials)]
-    shown = answers(rows)
-    return "\n\n".join([*parts, shown] if shown else parts)
+    return body
 
 
 def answers(rows: Rows) -> str:
