@@ -2,7 +2,6 @@
 
 No number is typed by hand.
 
-
 python bench/render.py            writes them
 python bench/render.py --check    exits with 1 when they are not what the JSON says
 """
