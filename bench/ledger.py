@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -111,6 +112,10 @@ def claimed(name: str) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "mean": statistics.fmean(values), "std": statistics.stdev(values)}
 
 
 def place(word: str) -> str:

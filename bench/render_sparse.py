@@ -111,17 +111,22 @@ def masks(rows: Rows) -> str:
 
 
 def speed(data: dict[str, Any]) -> str:
+    settings = data["settings"]
+    about = (
+        f"{settings['tokens']:,} tokens in blocks of {settings['block']}, the first {settings['layers']} blocks of the "
+        f"model, {settings['repeats']} turns. `passes` are the forward passes that every block needs: two, and of the "
+        "last block one where nobody reads what it gives.\n\n"
+    )
+    return about + ratios(data)
+
+
+def ratios(data: dict[str, Any]) -> str:
     rows = [
         [name, f"{row['median']:.2f}", f"{row['mean']:.2f} ± {row['std']:.2f}"]
         for name, row in data["rows"].get("summary", {}).items()
         if isinstance(row, dict)
     ]
-    settings = data["settings"]
-    about = (
-        f"{settings['tokens']:,} tokens in blocks of {settings['block']}, the first {settings['layers']} blocks of the "
-        f"model, {settings['repeats']} turns. `passes` are the two forward passes that every block needs.\n\n"
-    )
-    return about + table(["ratio of times", "median", "mean ± std"], rows)
+    return table(["ratio of times", "median", "mean ± std"], rows)
 
 
 def memory(data: dict[str, Any]) -> str:
@@ -135,15 +140,10 @@ def memory(data: dict[str, Any]) -> str:
 
 
 def steps(data: dict[str, Any]) -> str:
-    rows = [
-        [name, f"{row['median']:.2f} ± {row['std']:.2f}"]
-        for name, row in data["rows"]["step"].items()
-        if isinstance(row, dict) and "median" in row
-    ]
     about = (
         "Forward and backward over the decoder blocks, 1,024 tokens. `frozen`: forward and the input's gradient.\n\n"
     )
-    return about + table(["ratio of times", "median ± std"], rows)
+    return about + ratios(data)
 
 
 def recovery(data: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ of a matrix product measured in the same turn.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 
 import plain
 from cutting import calibration
-from ledger import Ledger
+from ledger import Ledger, spread
 from regrow.artifacts.pattern import Pattern
 from regrow.dryrun import machine_gflops
 from regrow.engines.removal import layer_arguments, run_layer
@@ -117,10 +116,6 @@ def operations(layers: list[Any]) -> float:
             n = here[0].in_features
             total += n * n * TOKENS + 2 / 3 * n**3 + sum(m.out_features for m in here) * n * (n + WIDTH)
     return total
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "mean": statistics.fmean(values), "std": statistics.stdev(values)}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ best, and at most 1.65 is asked; the published lean form does 8, and folded is a
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 import plain
 from cutting import calibration
-from ledger import Ledger
+from ledger import Ledger, spread
 from regrow.engines import spp_forward
 from regrow.engines.adapters import add_adapters, layer_linears
 from regrow.engines.removal import layer_arguments, run_layer
@@ -32,25 +31,20 @@ def main() -> None:
     models = {"frozen": adapted("none", "", RANK), "lora": adapted("", "", RANK)}
     models |= {form: adapted("spp", form, RANK) for form in FORMS}
 
-    def turns() -> dict[str, Any]:
-        for one in models.values():
+    def once() -> dict[str, Any]:
+        seconds = {}
+        for name, one in models.items():
+            began = time.perf_counter()
             pass_through(*one)
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(REPEATS):
-            for name, one in models.items():
-                began = time.perf_counter()
-                pass_through(*one)
-                seconds[name].append(time.perf_counter() - began)
-        ratios = {
-            f"{name} / {base}": [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-            for name, base in (*((form, "frozen") for form in (*FORMS, "lora")), (PUBLISHED, "folded"))
-        }
-        return {
-            "seconds": seconds,
-            **{name: {"median": statistics.median(r), "std": statistics.stdev(r)} for name, r in ratios.items()},
-        }
+            seconds[name] = time.perf_counter() - began
+        pairs = (*((form, "frozen") for form in (*FORMS, "lora")), (PUBLISHED, "folded"))
+        return {"seconds": seconds, **{f"{name} / {base}": seconds[name] / seconds[base] for name, base in pairs}}
 
-    ledger.row("step", turns)
+    for one in models.values():
+        pass_through(*one)
+    turns = [ledger.row(f"turn {i}", once) for i in range(REPEATS)]
+    names = [name for name in turns[0] if "/" in name]
+    ledger.row("summary", lambda: {name: spread([turn[name] for turn in turns]) for name in names})
 
 
 def adapted(kind: str, form: str, rank: int) -> tuple[Any, torch.Tensor, list[Any]]:
