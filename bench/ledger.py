@@ -77,6 +77,10 @@ class Ledger:
         if self.path.exists():
             self.data["rows"] |= json.loads(self.path.read_text())["rows"]
 
+    def job(self, key: str, measure: Callable[[], dict[str, Any]]) -> Job:
+        """One row."""
+        return Job(key, lambda: key in self.data["rows"], lambda: self.row(key, measure))
+
     def work(self, jobs: Sequence[Job]) -> None:
         """Do all `jobs`, the first that can begin first, each once among all processes that share the bench."""
         while left := [job for job in jobs if not job.done()]:
@@ -104,7 +108,7 @@ class Ledger:
 @contextmanager
 def claimed(name: str) -> Iterator[bool]:
     """Whether this process alone works on `name` while this is open; a process that dies gives up its claims."""
-    path = cache_dir("bench-claims", name.replace("/", "-").replace(":", "-").replace("%", ""))
+    path = cache_dir("bench-claims") / name.replace("/", "-").replace(":", "-").replace("%", "")
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

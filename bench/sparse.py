@@ -1,10 +1,10 @@
 """One-shot sparsity of SmolLM2: our methods beside plain loops of the published ones, on the same calibration tokens.
 
-    python bench/sparse.py --text PATH/wiki.test.raw [--share 1/2]
+    python bench/sparse.py --text PATH/wiki.test.raw
 
 8,192 calibration tokens (16 x 512) of demo text, three seeds; perplexity on the first 20,480 tokens of the text,
 tokenised once as it is, blocks of 2048 that do not overlap. The text is used for this table only. Rows are kept, so it
-can be stopped; `--share i/n` measures every n-th row, for n processes.
+can be stopped, and several processes may work on it.
 """
 
 from __future__ import annotations
@@ -56,10 +56,7 @@ READ: dict[str, dict[str, Any]] = {  # other calibrations than the one above, fo
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--share", default="1/1")
-    asked = parser.parse_args()
-    text = asked.text.read_text()
-    mine, shares = map(int, asked.share.split("/"))
+    text = parser.parse_args().text.read_text()
     ledger = Ledger(
         "sparse",
         __doc__ or "",
@@ -91,9 +88,10 @@ def main() -> None:
                 "seconds": seconds,
             }
 
-    ledger.row("dense", lambda: {"perplexity": math.exp(block_losses(subject.model, ids).mean())})
-    for key, task in list(rows(row))[mine - 1 :: shares]:
-        ledger.row(key, task)
+    def dense() -> dict[str, Any]:
+        return {"perplexity": math.exp(block_losses(subject.model, ids).mean())}
+
+    ledger.work([ledger.job(key, task) for key, task in [("dense", dense), *rows(row)]])
 
 
 def rows(row: Any) -> list[tuple[str, Any]]:

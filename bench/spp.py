@@ -98,8 +98,7 @@ class Bench:
         ]
 
     def start(self, start: str) -> Job:
-        key = "dense" if start == "dense" else f"{start} start"
-        return Job(key, lambda: key in self.rows, lambda: self.measure_start(start))
+        return self.ledger.job("dense" if start == "dense" else f"{start} start", lambda: self.measured(start))
 
     def trained(self, start: str, arm: str, rate: float | None, mark: int) -> Job:
         """A training until `mark`; without a rate, with the one that the trials chose."""
@@ -138,13 +137,10 @@ class Bench:
         key = f"{start} {arm} rate {rate:g} at "
         return f"{key}{mark}" in self.rows or "broken" in self.rows.get(f"{key}{TRIAL}", {})
 
-    def measure_start(self, start: str) -> None:
-        def measure() -> dict[str, Any]:
-            subject = started(start)
-            found = of_model(subject.model, subject.anatomy)
-            return {**self.losses(subject.model), "zeros": found.share, "mask_hash": found.mask_hash}
-
-        self.ledger.row("dense" if start == "dense" else f"{start} start", measure)
+    def measured(self, start: str) -> dict[str, Any]:
+        subject = started(start)
+        found = of_model(subject.model, subject.anatomy)
+        return {**self.losses(subject.model), "zeros": found.share, "mask_hash": found.mask_hash}
 
     def losses(self, model: Any) -> dict[str, float]:
         return {
