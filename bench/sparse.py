@@ -43,6 +43,7 @@ OURS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("isc", {"criterion": "isc"}),
     ("dsnot", {"criterion": "dsnot"}),
 )
+SPREADS = ("owl", "hessian")  # how zeros are shared among layers, for SparseGPT
 FIRST = ("magnitude", "wanda", "sparsegpt", "sparsegpt, both", "alps, both")
 PATTERNS = ("50%", "2:4", "75%", "2:8")
 STILL = ("magnitude",)  # reads no text: one seed is all
@@ -110,6 +111,9 @@ def rows(row: Any) -> list[tuple[str, Any]]:
     add(FIRST, PATTERNS[2:], SEEDS[:1])
     for name, other in READ.items():
         found[f"sparsegpt, {name} 2:4 seed 0"] = partial(row, 0, "2:4", {"criterion": "sparsegpt"}, **other)
+    for how, pattern in product(SPREADS, ("50%", "75%")):
+        settings = {"criterion": "sparsegpt", "spread": how}
+        found[f"sparsegpt, {how} {pattern} seed 0"] = partial(row, 0, pattern, settings)
     add(every, PATTERNS[:2], SEEDS)
     add(FIRST, PATTERNS[2:], SEEDS)
     return list(found.items())
