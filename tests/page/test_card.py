@@ -84,6 +84,33 @@ def test_only_a_hub_id_is_a_base_model(
     assert (asked in page) is (asked in (title, base))
 
 
+RECIPE = """\
+model: {way}llama
+sparsify:
+  leave: [o_proj, 2:4]
+recover:
+  teacher: {way}teacher
+  text: {way}tale.txt
+evaluate:
+  tasks: [piqa]
+  samples: [/say something]
+"""
+
+
+@pytest.mark.parametrize("way", ["/srv/secret/", "~/secret/", "../secret/", "C:\\secret\\"])
+def test_a_recipe_is_shown_without_the_ways_to_its_files(report: Report, way: str) -> None:
+    recipe = RECIPE.format(way=way)
+    made_by = {**report.made_by, **yaml.safe_load(recipe)}
+    page = render(dataclasses.replace(report, made_by=made_by), None, None, recipe)
+    for text in (model_card(report, load_code=LOAD, recipe=recipe), page):
+        assert "secret" not in text
+        assert "model: llama" in text
+        assert "teacher: teacher" in text
+        assert "text: tale.txt" in text
+        assert "/say something" in text
+    assert "<dt>recover.teacher</dt><dd>teacher</dd>" in page
+
+
 def test_the_card_says_what_was_cut_how_to_load_and_what_to_mind(report: Report) -> None:
     text = card(report)
     for part in (

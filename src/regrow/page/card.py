@@ -14,7 +14,7 @@ import yaml
 from regrow.artifacts.report import Report
 from regrow.artifacts.shape import Shape
 from regrow.page.headline import asked, reached, stats, views
-from regrow.page.origin import hub_id, title
+from regrow.page.origin import hub_id, recipe_without_paths, title
 from regrow.page.rows import NOISE_MARGIN, WORDS, Row, groups
 
 _COLUMNS = ("Measure", "Before", "After", "Unit", "After / before", "Verdict", "Samples")
@@ -57,7 +57,7 @@ def model_card(report: Report, *, load_code: str, recipe: str) -> str:
         _fence(load_code, "python"),
         "## Make it again",
         "The recipe that made this checkpoint; `report.json` beside it holds every number with its seed and machine.",
-        _fence(recipe, "yaml"),
+        _fence(recipe_without_paths(recipe), "yaml"),
         "## Limits",
         _limits(report),
     ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,12 +19,11 @@ from regrow.page.curve import curve
 from regrow.page.headline import asked, reached, stats, views
 from regrow.page.heat import LEVELS, maps
 from regrow.page.layers import draw
-from regrow.page.origin import shown, title
+from regrow.page.origin import recipe_without_paths, title, without_paths
 from regrow.page.record import lines, records, stage_times
 from regrow.page.rows import NOISE_MARGIN, WORDS, groups
 from regrow.page.zeros import draw_zeros
 
-_MODELS = ("id", "asked", "model", "base_model")  # entries of a report that name a model
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -70,13 +68,13 @@ def render(
         levels=range(LEVELS),
         curve=curve(report.training),
         samples=report.samples,
-        made_by=list(lines(_without_paths(report.made_by))),
-        source=list(lines({key: value for key, value in _without_paths(report.model).items() if key != "note"})),
+        made_by=list(lines(without_paths(report.made_by))),
+        source=list(lines({key: value for key, value in without_paths(report.model).items() if key != "note"})),
         machine=list(lines(report.machine)),
         records=records(report),
         stages=stage_times(report.stages),
         notes=report.notes,
-        recipe=recipe,
+        recipe=recipe and recipe_without_paths(recipe),
     )
 
 
@@ -85,11 +83,6 @@ def drawn_maps(page: str) -> Markup | None:
     _, begin, rest = page.partition('<section id="importance">')
     inside, end, _ = rest.partition("</section>")
     return Markup(begin + inside + end) if end else None
-
-
-def _without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with folders of models called by their names."""
-    return {k: shown(v) if k in _MODELS and isinstance(v, str) else v for k, v in record.items()}
 
 
 def _shapes(report: Report) -> tuple[Shape | None, Shape | None]:
