@@ -61,13 +61,15 @@ def shown_by(data: dict[str, Any], *, plain: bool) -> str:
     """With `plain`, the published loops too."""
     found = by_method(data["rows"])
     names = [name for name in dict.fromkeys(name for name, _ in found) if plain or not name.startswith("plain")]
+    firsts = {name: found.get((name, PATTERNS[0]), {"-": math.inf}) for name in names}
     body = []
-    for name in sorted(names, key=lambda n: (n.startswith("plain"), names.index(n))):
+    for name in sorted(names, key=lambda n: (n.startswith("plain"), -statistics.fmean(firsts[n].values()))):
         cells = []
         for pattern in PATTERNS:
             ours, base = found.get((name, pattern), {}), found.get(("sparsegpt", pattern), {})
             gains = [100 * (1 - ours[seed] / base[seed]) for seed in ours if seed in base]
-            shown = f" ({statistics.fmean(gains):+.1f} %)" if gains and name != "sparsegpt" else ""
+            gain = statistics.fmean(gains) if gains else -math.inf
+            shown = f" ({gain:+.1f} %)" if name != "sparsegpt" and gain > -100 else ""
             cells.append(spread_of(list(ours.values())) + shown)
         body.append([name, *cells])
     settings = data["settings"]["calibration"]
