@@ -17,7 +17,7 @@ Within = Literal["row", "matrix", "block"]
 """Who competes for a percentage: the weights of one output, all of a linear, or all rows of 128 neighbouring inputs."""
 
 BLOCK = 128
-SAMPLE = 4096
+SAMPLE = 4096  # values, at most twice as many, between two of which the one that is sought should lie
 
 
 def lowest(scores: torch.Tensor, pattern: Pattern, within: Within) -> torch.Tensor:  # (m, n) -> (m, n) bool
