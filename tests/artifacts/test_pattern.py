@@ -101,6 +101,10 @@ def test_ties_go_to_the_lower_column(text: str) -> None:
     else:
         assert gone[:, :4].all()
     assert int(gone.sum()) == 12
+    if not pattern.of:
+        assert torch.equal(lowest(torch.ones(3, 8), pattern, "matrix"), (torch.arange(24) < 12).view(3, 8))
+        upper = (torch.arange(2) == 0)[:, None].expand(2, 256)  # of each run of 128 columns the first row
+        assert torch.equal(lowest(torch.ones(2, 256), pattern, "block"), upper)
     uneven = torch.tensor([[5.0, 1, 1, 1, 0, 9, 1, 1]])
     assert lowest_of_rows(uneven, 3).tolist() == [[False, True, True, False, True, False, False, False]]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models import VOCAB, make
 from regrow.artifacts.linear import SOLVERS
+from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
 from regrow.engines import sparsify as walk
@@ -23,8 +24,8 @@ EXPERTS = ("mixtral", "qwen3_moe")
 WIDE = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2}
 
 
-def text(sequences: int = 4) -> Tensor:  # (n, 32)
-    return torch.randint(VOCAB, (sequences, 32), generator=torch.Generator().manual_seed(1))
+def text(sequences: int = 4, tokens: int = 32) -> Tensor:  # (n, T)
+    return torch.randint(VOCAB, (sequences, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def method(criterion: str, *solvers: str, **more: Any) -> Method:
@@ -32,10 +33,11 @@ def method(criterion: str, *solvers: str, **more: Any) -> Method:
     return Method(found, tuple((SOLVERS.get(name), {}) for name in solvers or (found.solver,)), **more)
 
 
-def cut(model: Any, asked: Method, **more: Any) -> Any:
+def cut(model: Any, asked: Method, blocks: Tensor | None = None, **more: Any) -> Any:
     model = copy.deepcopy(model)
     anatomy = bind(model.config, model)
-    sparsify(model, anatomy, text(), asked, [Pattern.parse("2:4")] * anatomy.sizes["L"], **more)
+    blocks = text() if blocks is None else blocks
+    sparsify(model, anatomy, blocks, asked, [Pattern.parse("2:4")] * anatomy.sizes["L"], **more)
     return model
 
 
@@ -55,6 +57,22 @@ def test_experts_that_overflow_are_named_so() -> None:
         model.model.layers[0].mlp.experts.down_proj.fill_(1e38)
     with pytest.raises(BrokenModel, match="outputs of MixtralExperts are not finite"):
         cut(model, method("wanda"))
+
+
+def test_any_number_of_sequences_is_read() -> None:
+    """The published code keeps a buffer of 128. Planted: only those are read."""
+    model, blocks = make("llama", **WIDE), text(131, 8)
+    norm = model.model.layers[0].input_layernorm
+
+    def by_hand(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = norm(model.model.embed_tokens(ids)).flatten(0, 1)
+            weight = model.model.layers[0].self_attn.q_proj.weight
+            return lowest(weight.abs() * x.square().sum(0).sqrt(), Pattern.parse("2:4"), "row")
+
+    found = cut(model, method("wanda"), blocks).model.layers[0].self_attn.q_proj.weight == 0
+    assert torch.equal(found, by_hand(blocks))
+    assert not torch.equal(found, by_hand(blocks[:128]))
 
 
 def test_what_is_left_out_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

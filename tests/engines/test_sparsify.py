@@ -326,6 +326,22 @@ def test_sums_do_not_hang_on_the_order_of_tokens() -> None:
         assert torch.allclose(getattr(a, name), getattr(b, name), rtol=1e-4), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sees", ["inputs", "moments", "gram", "all"])
+def test_inputs_of_16_bits_are_added_up_in_wider_ones(sees: str, dtype: torch.dtype) -> None:
+    """Squares overflow fp16, and sums lose what they add in bf16; more tokens than are squared at a time."""
+    x = (300 * torch.randn(2500, 8, generator=torch.Generator().manual_seed(0)) + 50).to(dtype)
+    reading, exact = Reading(8, sees, x.device), x.double()
+    reading.add(x)
+    if reading.products is not None:
+        assert torch.allclose(reading.take_gram().double(), exact.T @ exact, rtol=1e-5, atol=1e-5 * 300**2 * 2500)
+    found = reading.inputs(1)
+    assert torch.allclose(found.squares.double(), exact.square().sum(0), rtol=1e-5)
+    if sees in ("moments", "all"):
+        assert torch.allclose(found.sums.double(), exact.sum(0), rtol=1e-5)
+        assert torch.allclose(found.variance.double(), exact.var(0, correction=0), rtol=1e-5)
+
+
 def test_layers_are_valued_on_the_dense_model(sprout: Subject, text: Tensor) -> None:
     values = layer_values(sprout.model, sprout.anatomy, text, lambda scores: float(scores.numel()))
     assert values == [sprout.anatomy.sizes["C"] ** 2 * 3 + 3 * 128 * 352] * 6

@@ -423,6 +423,23 @@ def test_merged_equals_adapted(monkeypatch: pytest.MonkeyPatch, form: str) -> No
         adapters.merge(trained(sparse(), form=form, spread=0.5))
 
 
+@pytest.mark.parametrize(("form", "dropout"), [*((form, 0.0) for form in FORMS), ("lean", 0.1)])
+def test_merged_equals_adapted_in_16_bits(form: str, dropout: float) -> None:
+    """Within the rounding of products and sums; the folded form makes the very weights that are merged."""
+    made, x = layer(form, dropout=dropout).bfloat16().eval(), draw(50, N, seed=5).bfloat16()
+    made.spp_alpha.float()
+    made.spp_beta.float()
+    y = made(x)
+    made.merge()
+    merged, weight = made(x), made.base_layer.weight.double()
+    if form == "folded":
+        assert torch.equal(y, merged)
+    bound = 8 * torch.finfo(torch.bfloat16).eps * (x.double().abs() @ weight.abs().T + 1)
+    assert bool(((y - merged).abs() <= bound).all())
+    made.base_layer.weight.data.mul_(0.9)
+    assert bool(((y - made(x)).abs() > bound).any()), "the bound is narrow"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_unmerging_is_exact(dtype: torch.dtype) -> None:
     adapted = trained(sparse().to(dtype), spread=3)

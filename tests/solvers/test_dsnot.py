@@ -16,11 +16,12 @@ def means(task: Linear, gone: Tensor) -> Tensor:  # (rows,) mean output that is 
     return (task.weight * task.inputs.sums * gone).sum(1)
 
 
-def by_the_book(task: Linear, gone: Tensor, cycles: int = 50, threshold: float = 0.1) -> Tensor:  # (m, n) bool
+def by_the_book(task: Linear, gone: Tensor, power: float = 1.0) -> Tensor:  # (m, n) bool
     """The paper's loop, one row and one swap at a time: Wanda's scores say what goes, in groups those of the start."""
     assert task.inputs is not None
+    cycles, threshold = 50, 0.1
     found, share = gone.clone(), task.weight * task.inputs.sums
-    worth, size = share / task.inputs.variance, task.pattern.of
+    worth, size = share / task.inputs.variance**power, task.pattern.of
     scores = task.scores if size else task.weight.abs() * task.inputs.squares.sqrt()
     for row, mask in enumerate(found):
         c, v, score = share[row].tolist(), worth[row].tolist(), scores[row].tolist()
@@ -53,6 +54,34 @@ def test_swaps_are_the_papers(pattern: str, criterion: str) -> None:
     expected = by_the_book(task, start)
     assert int((expected != start).sum()) > ROWS
     assert torch.equal(solve("dsnot", task).gone, expected)
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_the_variance_may_count_less(power: float, pattern: str) -> None:
+    task = problem(pattern, "wanda")
+    start = begin(task).gone
+    found = solve("dsnot", task, power=power).gone
+    assert torch.equal(found, by_the_book(task, start, power))
+    assert not torch.equal(found, solve("dsnot", task).gone)
+
+
+@pytest.mark.parametrize("cycles", [0, 3, 50, 10_000])
+def test_a_row_stops_when_it_is_near_or_at_its_limit_or_has_nothing_to_swap(cycles: int) -> None:
+    task = problem("50%", "wanda", x=inputs(48))
+    assert task.inputs is not None
+    start, share = begin(task), task.weight * task.inputs.sums
+    gone = solve("dsnot", task, start, cycles=cycles).gone
+    missing = means(task, gone)
+    near, swaps = missing.abs() <= 0.1, (gone & ~start.gone).sum(1)
+    nothing_back = ~(start.gone & gone).any(1)
+    nothing_out = ~(~start.gone & ~gone & (share * missing[:, None] < 0)).any(1)
+    assert bool((swaps <= cycles).all())
+    assert bool((near | (swaps == cycles) | nothing_back | nothing_out).all())
+    assert bool(near.any()) is (cycles > 3)
+    assert bool((~near & (swaps == cycles)).any()) is (cycles <= 3)
+    if cycles > 50:
+        assert torch.equal(gone, solve("dsnot", task, start, cycles=2 * cycles).gone)
 
 
 def test_of_groups_every_swap_comes_nearer_without_passing() -> None:
@@ -89,9 +118,10 @@ def test_no_cycles_no_swaps(pattern: str) -> None:
     assert torch.equal(solve("dsnot", task, start, threshold=1e9).gone, start.gone)
 
 
-def test_inputs_without_a_mean_need_no_swaps() -> None:
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_inputs_without_a_mean_need_no_swaps(pattern: str) -> None:
     x = inputs() - inputs().mean(0)
-    task = problem("50%", "wanda", x=x)
+    task = problem(pattern, "wanda", x=x)
     start = begin(task)
     assert torch.equal(solve("dsnot", task, start).gone, start.gone)
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.engines import moving_masks, zeros
+from regrow.engines.adapters import layer_linears
 from regrow.engines.bind import Subject
+from regrow.engines.spp import SppConfig
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks
 from regrow.errors import IdentityError, SettingsError, UnknownName
@@ -79,6 +82,31 @@ def run(subject: Subject, method: str, folder: Path, **changes: Any) -> Any:
 @torch.no_grad()
 def loss(subject: Subject) -> float:
     return float(subject.model(input_ids=text(), labels=text()).loss)
+
+
+# --- adapters on a trained model
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_fresh_spp_adapter_changes_no_bit_and_a_trained_one_is_merged_as_it_was(dtype: str) -> None:
+    """To the bit, in the form that is taken without dropout."""
+
+    @torch.no_grad()
+    def logits(model: Any) -> Tensor:
+        found: Tensor = model(input_ids=text()[:4]).logits
+        return found.float()
+
+    subject = sparse(dtype)
+    before = logits(subject.model)
+    adapted = get_peft_model(subject.model, SppConfig(r=4, target_modules=layer_linears(subject.model))).eval()
+    assert torch.equal(logits(adapted), before)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "spp_beta" in name:
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    expected = logits(adapted)
+    assert (expected - before).abs().max() > 0.1 * before.abs().max()
+    assert torch.equal(logits(adapted.merge_and_unload()), expected)
 
 
 # --- zeros stay

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from regrow.artifacts.curvature import Curvature
-from regrow.artifacts.linear import SOLVERS, Inputs, Lowest, Sparse
+from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Lowest, Sparse
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.sparsity import SPARSE
-from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
+from regrow.artifacts.weight_sight import WEIGHT_CRITERIA, WeightCriterion
 from regrow.engines import checkpoint
 from regrow.engines.bind import Subject
 from regrow.engines.hetero import Holder
@@ -34,17 +34,20 @@ def sprout(sprout_dir: Path) -> Subject:
     return load(str(sprout_dir))
 
 
-def problem(criterion: str = "sparsegpt") -> Any:
+SPARSEGPT = WEIGHT_CRITERIA.get("sparsegpt")
+
+
+def problem(criterion: WeightCriterion = SPARSEGPT) -> Any:
     source = torch.Generator().manual_seed(3)
     x = torch.randn(200, 32, generator=source, dtype=torch.float64) @ torch.randn(32, 32, generator=source).double()
     w = torch.randn(12, 32, generator=source, dtype=torch.float64)
     seen = Inputs(x.square().sum(0), x.sum(0), x.var(0, correction=0))
-    return task_of(w, seen, Curvature(x.T @ x), WEIGHT_CRITERIA.get(criterion), Pattern.parse("50%"))
+    return task_of(w, seen, Curvature(x.T @ x), criterion, Pattern.parse("50%"))
 
 
 def answer(*solvers: str, criterion: str = "sparsegpt", **options: Any) -> Sparse:
     method = sparsify.choose(Sparsify(pattern="50%", criterion=criterion, solver=solvers, options=options))
-    task = problem(criterion)
+    task = problem(method.criterion)
     found: Sparse = Lowest(task)
     for solver, own in method.solvers:
         found = solver.solve(task, found, **own)
@@ -69,6 +72,16 @@ def test_dsnot_refines_any_start() -> None:
     assert torch.equal(start.gone.sum(1), found.gone.sum(1))
     kept = ~found.gone
     assert torch.equal(found.weight[kept], problem().weight[kept])
+
+
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA.names())
+def test_dsnot_starts_with_as_many_zeros_in_every_row(criterion: str) -> None:
+    """Whatever chooses them; of what another solver leaves it keeps each row's count, as above."""
+    alone = answer("none", criterion=criterion).gone
+    within = WEIGHT_CRITERIA.get(criterion).within
+    assert (alone.sum(1) == 16).all() == (within == "row")
+    for solvers in (("dsnot",), ("dsnot", "refit")):
+        assert bool((answer(*solvers, criterion=criterion).gone.sum(1) == 16).all())
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,22 @@ def test_zeros_that_rounding_makes_are_told_apart(sprout: Subject) -> None:
     assert found.notes == (f"{vanished:,} kept weights are too small for float16: zero too",)
     for parameter in narrow.model.parameters():
         assert not bool((parameter.signbit() & (parameter == 0)).any())
+
+
+def test_zeros_that_rounding_makes_in_a_model_of_16_bits(sprout: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver whose weights fp16 cannot hold, on a model that computes in it."""
+
+    def faint(task: Linear, start: Sparse) -> Sparse:
+        return Sparse(torch.full_like(task.weight, 1e-9).masked_fill(start.gone, 0), start.gone)
+
+    monkeypatch.setattr(sparsify, "_named", lambda _: (magnitude, (replace(SOLVERS.get("none"), solve=faint),)))
+    magnitude = WEIGHT_CRITERIA.get("magnitude")
+    narrow = replace(sprout, model=copy.deepcopy(sprout.model).half(), store=torch.float16)
+    left = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
+    found = sparsify.apply(narrow, Sparsify(pattern="2:4", criterion="faint", leave=left), None, seed=0)
+    weights = sum(matrix.weights for matrix in found.matrices)
+    assert sum(matrix.zeros for matrix in found.matrices) * 2 == weights
+    assert found.notes == (f"{weights // 2:,} kept weights are too small for float16: zero too",)
 
 
 # ---- what is on disk

@@ -94,6 +94,7 @@ class Solver:
     mask: Mask
     takes: Takes
     start: str  # the criterion whose mask it starts from when none is named
+    within: Within | None  # who competes in the mask it starts from; else the criterion says
     paper: str
     about: str
     solve: Callable[..., Sparse]  # (Linear, Sparse, **options)
@@ -108,7 +109,13 @@ SOLVERS: Registry[Solver] = Registry("solver", "regrow.solvers")
 
 
 def solver(
-    *, sees: str, mask: Mask = "keeps", takes: Takes = "weights", start: str, paper: str
+    *,
+    sees: str,
+    mask: Mask = "keeps",
+    takes: Takes = "weights",
+    start: str,
+    within: Within | None = None,
+    paper: str,
 ) -> Callable[[Callable[..., Sparse]], Callable[..., Sparse]]:
     """Register a pure function `(Linear, Sparse, **options) -> Sparse` under its name."""
 
@@ -118,7 +125,7 @@ def solver(
             raise TypeError(f"solver {name!r} has no docstring: say in one line what it does")
         options = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[2:]}
         about = function.__doc__.strip().splitlines()[0]
-        SOLVERS.add(name, Solver(name, sees, mask, takes, start, paper, about, function, options))
+        SOLVERS.add(name, Solver(name, sees, mask, takes, start, within, paper, about, function, options))
         return function
 
     return register

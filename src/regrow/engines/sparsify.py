@@ -254,7 +254,8 @@ def _prune(
     gone = answer.gone if empty is None else answer.gone | empty
     weight.mul_(~gone).add_(0.0)  # never -0; filling would branch at every entry
     note = "" if curvature is None or not curvature.raised else f"damping raised to {curvature.raised:g}"
-    return Pruned(matrix.name, layer, weight.numel(), int((weight == 0).sum()), str(pattern), error, note)
+    zeros = int((answer.weight == 0).sum())  # before rounding to the type of `weight`, which may make more
+    return Pruned(matrix.name, layer, weight.numel(), zeros, str(pattern), error, note)
 
 
 def task_of(

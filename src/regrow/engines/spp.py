@@ -111,7 +111,7 @@ class Linear(nn.Module, SppLayer):
         """What the adapter adds to the weight as it was before any merge."""
         weight = self.base_layer.weight if self.kept is None else self.kept.to(self.base_layer.weight.device)
         alpha, beta = self.spp_alpha[adapter], self.spp_beta[adapter]
-        return spp_forward.delta(weight.to(alpha.dtype), alpha, beta, self.scaling[adapter])
+        return spp_forward.delta(weight, alpha, beta, self.scaling[adapter])
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -158,7 +158,7 @@ class Linear(nn.Module, SppLayer):
             form = spp_forward.choose(dropout, x.numel() // x.shape[-1], self.base_layer.weight)
         dropped = nn.functional.dropout(x, dropout) if dropout else x
         weight, alpha, beta = self.base_layer.weight, self.spp_alpha[name], self.spp_beta[name]
-        if not torch.is_autocast_enabled(x.device.type):
+        if form != "folded" and not torch.is_autocast_enabled(x.device.type):
             alpha, beta = alpha.to(x.dtype), beta.to(x.dtype)
         return spp_forward.FORMS[form](x, dropped, weight, bias, alpha, beta, self.scaling[name])
 

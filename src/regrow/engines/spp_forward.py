@@ -8,8 +8,8 @@ checkpointed  12 m n T    x, D(x)                       three matrices m x n, fo
 lean           8 m n T    D(x)                          m n / r, for a moment; with dropout 10 m n T
 folded         6 m n T    x                             two matrices m x n, for a moment; no dropout
 
-The published lean form keeps a stream of width m beside D(x). A 16-bit weight is rounded by the folded form as a merge
-would round it.
+The published lean form keeps a stream of width m beside D(x). Of a 16-bit weight the folded form makes what a merge
+would, to the bit.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def check_rank(rank: int, outputs: Mapping[str, int]) -> None:
 
 
 def delta(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:  # (m, n)
-    """s A beta W: what an adapter adds to the weight; zero where the weight is."""
-    rows = weight.view(len(alpha), -1, weight.shape[1])  # (r, m / r, n)
+    """s A beta W in alpha's type: what an adapter adds to the weight; zero where the weight is."""
+    rows = weight.to(alpha.dtype).view(len(alpha), -1, weight.shape[1])  # (r, m / r, n)
     added: Tensor = scale * rows * alpha[:, None, :] * beta.view(len(alpha), -1, 1)
     return added.flatten(0, 1)
 
@@ -116,7 +116,7 @@ class _Adapted(torch.autograd.Function):
         ctx.whole, (ctx.scale, apart) = dropped is None, how
         ctx.parts = len(alpha) if apart else 1
         if not apart:
-            whole: Tensor = F.linear(x, weight + delta(weight, alpha, beta, ctx.scale).to(weight.dtype), bias)
+            whole: Tensor = F.linear(x, (weight + delta(weight, alpha, beta, ctx.scale)).to(weight.dtype), bias)
             return whole
         runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
         added = torch.cat([F.linear(read * a, w) for a, w in runs], -1)  # (..., m)
@@ -135,7 +135,7 @@ class _Adapted(torch.autograd.Function):
         grown = zip(downs.chunk(ctx.parts), ups.chunk(ctx.parts), strict=True)
         pushed = zip(grad.chunk(ctx.parts, -1), weight.chunk(ctx.parts), strict=True)
         for (g, w), (a, b), (down, up) in zip(pushed, trained, grown, strict=True):
-            added = delta(w, a, b, ctx.scale).to(w.dtype)
+            added = delta(w, a, b, ctx.scale)
             if back is not None:
                 back += g @ (w + added if ctx.whole else w).to(g.dtype)
             if through is not None:

@@ -11,7 +11,7 @@ import torch
 from regrow.artifacts.linear import Linear, Sparse, solver
 
 
-@solver(sees="moments", mask="moves", takes="mask", start="wanda", paper="arXiv:2310.08915 (DSnoT)")
+@solver(sees="moments", mask="moves", takes="mask", start="wanda", within="row", paper="arXiv:2310.08915 (DSnoT)")
 def dsnot(task: Linear, start: Sparse, cycles: int = 50, threshold: float = 0.1, power: float = 1.0) -> Sparse:
     """Grows what explains the missing mean best and prunes what is worth least, up to `cycles` swaps a row."""
     assert task.inputs is not None

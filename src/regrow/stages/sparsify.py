@@ -6,7 +6,7 @@ What this gives up: speed and size; zeros in a dense checkpoint cost what other 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -87,6 +87,8 @@ def choose(settings: Sparsify) -> Method:
             "inputs = dense: what a block reads behind pruned ones holds for one pattern only",
             "read dense inputs, or keep no statistics",
         )
+    if solvers[0].within is not None:
+        criterion = replace(criterion, within=solvers[0].within)
     return Method(
         criterion,
         tuple(_chain(solvers, settings.options)),
