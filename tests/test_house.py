@@ -245,7 +245,7 @@ def hooks_and_weights_have_one_home(house: House) -> list[str]:
 def heavy_things_come_late(house: House) -> list[str]:
     """At the head of a module: torch from knowledge to `run`, transformers only in engines, the rest nowhere.
 
-    But for `engines.spp`, whose classes are PEFT's; nobody imports it before it is needed.
+    But for `engines.spp` and its layers, whose classes are PEFT's; nobody imports them before they are needed.
     """
     found = []
     for module in house.values():
@@ -260,7 +260,7 @@ def heavy_things_come_late(house: House) -> list[str]:
             if top not in HEAVY or node in late:
                 continue
             fine = (top == "torch" and 2 <= floor <= 5) or (top in ("transformers", "accelerate") and floor == 3)
-            fine = fine or (top == "peft" and module.name == "engines.spp")
+            fine = fine or (top == "peft" and module.name in ("engines.spp", "engines.spp_layers"))
             if not fine:
                 found.append(f"{module.name} imports {origin} when it is imported")
     return found

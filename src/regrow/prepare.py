@@ -6,7 +6,6 @@ What this gives up: faults that only the model's numbers show.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
@@ -15,7 +14,7 @@ from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.share import ZERO_SPREADS
 from regrow.engines import checkpoint, masks, moving_masks, spp_forward, tokens
-from regrow.engines.adapters import layer_linears
+from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
 from regrow.engines.packed import Packed
@@ -101,7 +100,7 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
     if recipe.sparsify is not None:
         sparsify.check(subject, recipe.sparsify)
     if wish is None:
-        check_rank(subject, recipe)
+        check_spp(subject, recipe)
     check_zeros(subject, recipe)
     check_tongue(subject, recipe)
     check_texts(subject, recipe)
@@ -115,13 +114,19 @@ def settled(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"recover": asked.model_copy(update={"teacher": checkpoint.root(recipe.model)})})
 
 
-def check_rank(subject: Subject, recipe: Recipe) -> None:
-    """Refuse a rank of SPP that does not divide the outputs of every linear. Raises `SettingsError`."""
+def check_spp(subject: Subject, recipe: Recipe) -> None:
+    """Refuse a rank of SPP that does not divide the outputs of every linear, and what experts cannot have. Raises
+    `SettingsError`."""
     asked = recipe.recover
     if asked is None or not asked.tokens or asked.method != "spp":
         return
-    model: Any = subject.model
-    spp_forward.check_rank(asked.rank, {name: len(model.get_submodule(name).weight) for name in layer_linears(model)})
+    from regrow.engines.spp import check_dropout, outputs
+
+    modules = [(name, subject.model.get_submodule(name)) for name in adaptable(subject.model, "spp")]
+    for name, module in modules:
+        check_dropout(module, name, asked.dropout or 0.0)
+    rows = {part: count for name, module in modules for part, count in outputs(module, name).items()}
+    spp_forward.check_rank(asked.rank, rows)
 
 
 def check_tongue(subject: Subject, recipe: Recipe) -> None:

@@ -202,10 +202,22 @@ def test_recovery_of_experts_keeps_the_pattern(
     before, after = weights(sparse[kind]), weights(out)
     check_pattern(after, Pattern.parse("2:4"))
     assert any(not torch.equal(old, after[name]) for name, old in matrices(before).items())
+    changed = {name.rpartition("layers.")[2][2:] for name, old in before.items() if not torch.equal(old, after[name])}
+    assert ({f"mlp.experts.{part}_proj" for part in ("gate_up", "down")} < changed) is (
+        adapter in ("spp", "full", "ast")
+    )
     moved = {name for name, old in matrices(before).items() if not torch.equal(old == 0, after[name] == 0)}
     assert any("experts" in name for name in moved) if adapter == "ast" else not moved
     assert all(int((old == 0).sum()) == int((after[name] == 0).sum()) for name, old in matrices(before).items())
     assert regrow("inspect", out, "--sparse", "--json").json["sparsity"]["mask_intact"] is True
+
+
+def test_experts_drop_nothing(regrow: Command, sparse: dict[str, Path], tale: Path, tmp_path: Path) -> None:
+    ask = ("recover", sparse["mixtral"], "--adapter", "spp", *TRAIN, "--train", tale, "--out", tmp_path / "out")
+    done = regrow(*ask, "--dropout", 0.1)
+    assert done.code == 2
+    assert "SPP with dropout 0.1 on model.layers.0.mlp.experts, a stack of experts" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", EXPERTS)

@@ -19,7 +19,8 @@ from models import ids, logits, make
 from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.engines import adapters, spp_forward
-from regrow.engines.spp import Linear, SppConfig, mask_hash
+from regrow.engines.spp import SppConfig, mask_hash
+from regrow.engines.spp_layers import Linear
 from regrow.errors import IdentityError, SettingsError
 
 M, N, R, SCALE = 24, 20, 4, 1.5
@@ -403,7 +404,7 @@ def test_the_check_of_zeros_sees_signs_and_fills(monkeypatch: pytest.MonkeyPatch
             found.base_layer.weight.mul_(factor)
     assert not intact(adapted.unload(), before)
     right = Linear.get_delta_weight
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: right(self, name) + 1e-3)
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, *names: right(self, *names) + 1e-3)
     assert not intact(trained(sparse()).merge_and_unload(), before)
 
 
@@ -418,7 +419,7 @@ def test_merged_equals_adapted(monkeypatch: pytest.MonkeyPatch, form: str) -> No
     assert (logits(merged, ids()) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert not layers(merged)
     right = Linear.get_delta_weight
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 0.99 * right(self, name))
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, *names: 0.99 * right(self, *names))
     with pytest.raises(IdentityError, match="nothing was written"):
         adapters.merge(trained(sparse(), form=form, spread=0.5))
 
@@ -449,7 +450,7 @@ def test_unmerging_is_exact(dtype: torch.dtype) -> None:
     assert any(not torch.equal(p, before[n]) for n, p in adapted.named_parameters())
     adapted.unmerge_adapter()
     assert all(torch.equal(p, before[n]) for n, p in adapted.named_parameters())
-    assert all(x.kept is None and not x.merged for x in layers(adapted).values())
+    assert all(not x.kept and not x.merged for x in layers(adapted).values())
     assert torch.equal(logits(adapted, ids()), expected)
 
 
@@ -461,7 +462,7 @@ def test_a_merge_that_is_not_finite_is_refused_and_leaves_the_weight() -> None:
     with pytest.raises(ValueError, match="into here gives weights that are not finite"):
         made.merge(safe_merge=True)
     assert torch.equal(made.base_layer.weight, before)
-    assert made.kept is None
+    assert not made.kept
     assert not made.merged
 
 
@@ -492,7 +493,7 @@ def test_the_zeros_of_an_adapter_are_those_before_any_merge() -> None:
     adapted.merge_adapter()
     assert not bool(found.base_layer.weight.any())
     assert mask_hash(adapted.base_model.model, "default") == adapted.peft_config["default"].mask_hash
-    found.kept = None
+    found.kept.clear()
     assert mask_hash(adapted.base_model.model, "default") != adapted.peft_config["default"].mask_hash
 
 

@@ -1,7 +1,8 @@
 """Adapters through peft: put them on, count them, merge them and prove that the merge changed nothing.
 
-Adapters go on linears inside the decoder layers, found in the live model: widths may differ from layer to layer, and a
-layer may lack a branch. What this gives up: adapters that stay apart after training; regrow always merges.
+Adapters go on linears inside the decoder layers, those of SPP on fused experts too, found in the live model: widths may
+differ from layer to layer, and a layer may lack a branch. What this gives up: adapters that stay apart after training;
+regrow always merges.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from regrow.engines.inputs import is_experts
 from regrow.errors import IdentityError, SettingsError, guess
 
 if TYPE_CHECKING:
@@ -36,15 +38,16 @@ def add_adapters(
     """Freeze `model` and add adapters of a kind in `KINDS` to its linears; nothing changes before they are trained.
 
     `targets` are the last parts of module names, such as `("q_proj", "v_proj")`; by default every linear inside the
-    decoder layers, never the head or the embedding. The adapters are fp32 whatever the model is, and equal seeds give
-    equal adapters. Defaults are LLM-Pruner's recovery by LoRA (arXiv:2305.11627). Raises `SettingsError`.
+    decoder layers, and under SPP fused experts, never the head or the embedding. The adapters are fp32 whatever the
+    model is, and equal seeds give equal adapters. Defaults are LLM-Pruner's recovery by LoRA (arXiv:2305.11627). Raises
+    `SettingsError`.
     """
     from peft import get_peft_model
 
     if kind not in KINDS:
         raise SettingsError(f"adapters of kind {kind!r}{guess(kind, KINDS)}", ", ".join(KINDS), "name one of them")
     _check(rank, alpha, dropout)
-    config = KINDS[kind](rank, alpha, dropout, _chosen(layer_linears(model), targets))
+    config = KINDS[kind](rank, alpha, dropout, _chosen(adaptable(model, kind), targets))
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(seed)
@@ -125,9 +128,12 @@ def moved(model: PeftModel, store: torch.dtype) -> float:
         if isinstance(layer, BaseTunerLayer):
             merged = copy.deepcopy(layer).float()
             merged.merge()
-            before, after = (each.get_base_layer().weight.to(store) for each in (layer, merged))  # (m, n)
-            changed += int(((after != before) & (before != 0)).sum())
-            total += int((before != 0).sum())
+            for part in getattr(layer, "parts", ("weight",)):
+                before, after = (
+                    getattr(each.get_base_layer(), part).to(store) for each in (layer, merged)
+                )  # (..., m, n)
+                changed += int(((after != before) & (before != 0)).sum())
+                total += int((before != 0).sum())
     return changed / max(1, total)
 
 
@@ -149,8 +155,17 @@ def trainable_parameters(model: nn.Module) -> int:
 
 def layer_linears(model: nn.Module) -> list[str]:
     """Names of the linears inside decoder layers: those on a path through a list of modules."""
-    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n.startswith(stacks)]
+    return adaptable(model, "")
+
+
+def adaptable(model: nn.Module, kind: str) -> list[str]:
+    """Names of what adapters of a kind go on inside decoder layers: linears, and under SPP stacks of experts."""
+    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(lists) and (isinstance(module, nn.Linear) or (kind == "spp" and is_experts(module)))
+    ]
 
 
 def _chosen(linears: list[str], targets: Sequence[str] | str) -> list[str]:

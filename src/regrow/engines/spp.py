@@ -2,26 +2,26 @@
 
 `SppConfig` goes where a `LoraConfig` would: `get_peft_model`, `save_pretrained`, `PeftModel.from_pretrained`. PEFT has
 no door for methods of others, so importing this module adds one member to its list of types; import it (or
-`from regrow import SppConfig`) before an SPP adapter is loaded. What this gives up: biases, embeddings, quantised
-weights, and linears whose rows the rank does not divide.
+`from regrow import SppConfig`) before an SPP adapter is loaded. Experts that are one parameter are named by their
+module (`experts`). What this gives up: biases, embeddings, quantised weights, and rows that the rank does not divide.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
-import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
-from torch import Tensor, nn
+from torch import nn
 
 from regrow.engines import spp_forward
+from regrow.engines.inputs import FUSED, is_experts
+from regrow.engines.spp_layers import Experts, Linear, SppLayer
 from regrow.errors import SettingsError
 
 
@@ -70,106 +70,29 @@ class SppConfig(PeftConfig):  # type: ignore[misc]
                 raise SettingsError(f"SPP with {came}", allowed, "change it; rank 16 without dropout is usual")
 
 
-class SppLayer(BaseTunerLayer):  # type: ignore[misc]
-    """What PEFT needs to know of a layer with SPP adapters."""
-
-    adapter_layer_names = ("spp_alpha", "spp_beta")
-    other_param_names = ("r", "scaling", "dropout", "form")
-
-
-class Linear(nn.Module, SppLayer):
-    """A frozen sparse linear with any number of SPP adapters, which add up."""
-
-    def __init__(self, base_layer: nn.Linear, adapter: str, name: str, config: SppConfig) -> None:
-        super().__init__()
-        self.base_layer, self.name = base_layer, name
-        self.r: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
-        self.form: dict[str, str] = {}
-        self.spp_alpha: nn.ParameterDict = nn.ParameterDict({})  # (r, n)
-        self.spp_beta: nn.ParameterDict = nn.ParameterDict({})  # (m,)
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._active_adapter: str | list[str] = adapter
-        self.kept: Tensor | None = None  # (m, n) the weight before a merge
-        self.update_layer(adapter, config)
-
-    def update_layer(self, adapter: str, config: SppConfig) -> None:
-        """Add an adapter: alpha uniform in +-1/sqrt(n), beta zero; r divides the rows."""
-        rows, columns = self.base_layer.weight.shape
-        self.r[adapter], self.scaling[adapter] = config.r, config.spp_alpha / config.r
-        self.dropout[adapter], self.form[adapter] = config.spp_dropout, config.form
-        alpha = torch.empty(config.r, columns)
-        nn.init.kaiming_uniform_(alpha, a=math.sqrt(5))
-        self.spp_alpha[adapter], self.spp_beta[adapter] = nn.Parameter(alpha), nn.Parameter(torch.zeros(rows))
-        layer = cast(Any, self)  # PEFT is not typed
-        layer._move_adapter_to_device_of_base_layer(adapter)
-        layer.set_adapter(layer.active_adapters)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:  # (m, n)
-        """What the adapter adds to the weight as it was before any merge."""
-        weight = self.base_layer.weight if self.kept is None else self.kept.to(self.base_layer.weight.device)
-        alpha, beta = self.spp_alpha[adapter], self.spp_beta[adapter]
-        return spp_forward.delta(weight, alpha, beta, self.scaling[adapter])
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active adapters to the weight, by addition, so that a pruned zero stays +0."""
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.spp_alpha]
-        if not names:
-            return
-        weight = self.base_layer.weight
-        added = sum(self.get_delta_weight(name) for name in names)
-        merged = (weight + added).to(weight.dtype) + 0.0
-        if safe_merge and not bool(merged.isfinite().all()):
-            raise ValueError(f"merging {', '.join(names)} into {self.name} gives weights that are not finite")
-        self.kept = weight.detach().clone() if self.kept is None else self.kept
-        weight.copy_(merged)
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """The weight as it was before the merge, bit for bit."""
-        if self.kept is not None:
-            self.base_layer.weight.copy_(self.kept)
-        self.kept = None
-        self.merged_adapters.clear()
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., n) -> (..., m)"""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        active = [name for name in cast(Any, self).active_adapters if name in self.spp_alpha]
-        if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        y = self._adapted(x, active[0], self.base_layer.bias)
-        for name in active[1:]:  # each adds its own residual to the same linear
-            y = y + self._adapted(x, name, None) - nn.functional.linear(x, self.base_layer.weight)
-        return y
-
-    def _adapted(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
-        dropout = self.dropout[name] if self.training else 0.0
-        form = self.form[name]
-        if form == "auto":
-            form = spp_forward.choose(dropout, x.numel() // x.shape[-1], self.base_layer.weight)
-        dropped = nn.functional.dropout(x, dropout) if dropout else x
-        weight, alpha, beta = self.base_layer.weight, self.spp_alpha[name], self.spp_beta[name]
-        if form != "folded" and not torch.is_autocast_enabled(x.device.type):
-            alpha, beta = alpha.to(x.dtype), beta.to(x.dtype)
-        return spp_forward.FORMS[form](x, dropped, weight, bias, alpha, beta, self.scaling[name])
+def check_dropout(module: nn.Module, name: str, dropout: float) -> None:
+    """Raise `SettingsError` where an adapter cannot drop what it reads: in a stack of experts."""
+    if dropout and not isinstance(module, Linear | nn.Linear):
+        raise SettingsError(
+            f"SPP with dropout {dropout} on {name}, a stack of experts",
+            "no dropout there",
+            "set it to 0, or leave the experts out",
+        )
 
 
-def _outputs(module: Any) -> int:
-    """Of a linear, with adapters or without."""
-    return len(module.weight)
+def outputs(module: nn.Module, name: str) -> dict[str, int]:
+    """Rows of every matrix that adapters of a module would go on, with some or without, by name; {} of other modules.
+
+    Experts in one stack have equal rows.
+    """
+    base = module.base_layer if isinstance(module, SppLayer) else module
+    if isinstance(base, nn.Linear):
+        return {name: len(base.weight)}
+    return {f"{name}.{part}": getattr(base, part).shape[-2] for part in FUSED} if is_experts(base) else {}
 
 
 class SppModel(BaseTuner):  # type: ignore[misc]
-    """A model whose linears carry SPP adapters."""
+    """A model whose linears and experts carry SPP adapters."""
 
     prefix = "spp_"
     tuner_layer_cls = SppLayer
@@ -184,23 +107,27 @@ class SppModel(BaseTuner):  # type: ignore[misc]
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        if not isinstance(target, Linear | nn.Linear):
-            raise SettingsError(f"SPP on {current_key}, a {type(target).__name__}", "linears", "leave it out")
-        if _outputs(target) % peft_config.r:
-            spp_forward.check_rank(peft_config.r, {current_key: _outputs(target), **self._all_outputs(peft_config)})
-        if isinstance(target, Linear):
+        rows = outputs(target, current_key)
+        if not rows:
+            what = f"SPP on {current_key}, a {type(target).__name__}"
+            raise SettingsError(what, "linears, and stacks of experts", "leave it out")
+        if any(count % peft_config.r for count in rows.values()):
+            spp_forward.check_rank(peft_config.r, {**rows, **self._all_outputs(peft_config)})
+        check_dropout(target, current_key, peft_config.spp_dropout)
+        if isinstance(target, SppLayer):
             target.update_layer(adapter_name, peft_config)
         else:
-            module = Linear(target, adapter_name, current_key, peft_config)
-            self._replace_module(parent, target_name, module, target)
+            kind = Linear if isinstance(target, nn.Linear) else Experts
+            self._replace_module(parent, target_name, kind(target, adapter_name, current_key, peft_config), target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:  # noqa: ARG002
+        """Adapters are on the device of their weights already, and a base layer that comes back has its weights."""
+        setattr(parent, child_name, new_module)
 
     def _all_outputs(self, config: SppConfig) -> dict[str, int]:
-        """Outputs of every linear that the adapter is for, by name."""
-        return {
-            name: _outputs(module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, Linear | nn.Linear) and self._check_target_module_exists(config, name)
-        }
+        """Outputs of everything that the adapter is for, by name."""
+        modules = ((n, m) for n, m in self.model.named_modules() if self._check_target_module_exists(config, n))
+        return {part: rows for name, module in modules for part, rows in outputs(module, name).items()}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """The adapter remembers the zeros it was made for. Raises `SettingsError` on a model with others, or a rank
@@ -222,11 +149,11 @@ class SppModel(BaseTuner):  # type: ignore[misc]
 
 
 def withdraw(model: nn.Module, adapter: str) -> None:
-    """Take an adapter off, and what held it off every linear that has no other."""
+    """Take an adapter off, and what held it off every layer that has no other."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and adapter in module.spp_alpha:
+        if isinstance(module, SppLayer) and adapter in module.r:
             cast(Any, module).delete_adapter(adapter)
-            if not module.spp_alpha:
+            if not module.r:
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, module.base_layer)
 
@@ -235,9 +162,9 @@ def mask_hash(model: nn.Module, adapter: str) -> str:
     """16 hex digits of where the weights under an adapter are zero."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and adapter in module.spp_alpha:
-            weight = module.base_layer.weight if module.kept is None else module.kept
-            digest.update(name.encode() + (weight == 0).cpu().numpy().tobytes())
+        if isinstance(module, SppLayer) and adapter in module.r:
+            for part in module.parts:
+                digest.update(name.encode() + (module.original(part) == 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

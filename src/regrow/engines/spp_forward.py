@@ -42,11 +42,16 @@ def check_rank(rank: int, outputs: Mapping[str, int]) -> None:
             )
 
 
-def delta(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:  # (m, n)
-    """s A beta W in alpha's type: what an adapter adds to the weight; zero where the weight is."""
-    rows = weight.to(alpha.dtype).view(len(alpha), -1, weight.shape[1])  # (r, m / r, n)
-    added: Tensor = scale * rows * alpha[:, None, :] * beta.view(len(alpha), -1, 1)
-    return added.flatten(0, 1)
+def delta(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:  # (..., m, n)
+    """s A beta W in alpha's type: what an adapter adds to the weight; zero where the weight is.
+
+    Of a stack of weights (..., m, n) every one has an alpha (..., r, n) and a beta (..., m).
+    """
+    *stack, _, columns = weight.shape
+    rank = alpha.shape[-2]
+    rows = weight.to(alpha.dtype).view(*stack, rank, -1, columns)  # (..., r, m / r, n)
+    added: Tensor = scale * rows * alpha[..., None, :] * beta.view(*stack, rank, -1, 1)
+    return added.flatten(-3, -2)
 
 
 def choose(dropout: float, tokens: int, weight: Tensor) -> str:
