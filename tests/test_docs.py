@@ -212,7 +212,7 @@ def test_the_tables_of_the_sparse_page_are_the_registries() -> None:
     criteria = [[f"`{c.name}`", c.within, c.sees, f"`{c.solver}`"] for _, c in WEIGHT_CRITERIA.items()]
     assert [[row[0], *row[2:]] for row in rows("criteria")] == criteria
     solvers = [
-        [f"`{s.name}`", s.sees, f"`{s.start}`", ", ".join(f"`{option}`" for option in s.options)]
+        [f"`{s.name}`", s.sees, f"`{s.start}`", ", ".join(f"`{k}={v}`".lower() for k, v in s.options.items())]
         for _, s in SOLVERS.items()
     ]
     assert [[row[0], *row[3:]] for row in rows("solvers")] == solvers

@@ -199,6 +199,32 @@ def test_a_cache_that_was_deleted_is_no_loss(recipe: Make, tmp_path: Path, cache
     assert second.after == first.after
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calibration": {"tokens": 640}},
+        {"calibration": {"block": 32}},
+        {"calibration": {"text": "demo:squad"}},
+        {"seed": 1},
+        {"dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_readings_are_kept_under_everything_they_hang_on(recipe: Make, change: dict[str, Any]) -> None:
+    subject = road.load(recipe().model)
+    first, other, again = (road.statistics(subject, asked) for asked in (recipe(), recipe(**change), recipe()))
+    assert first.folder == again.folder != other.folder
+
+
+def test_readings_serve_any_pattern_of_their_model(recipe: Make) -> None:
+    subject = road.load(recipe().model)
+    usual = {"keep": None, "sparsify": {"pattern": "2:4", "criterion": "sparsegpt"}}
+    ways = ({}, {"sparsify": {"pattern": "50%"}}, {"sparsify": {"criterion": "wanda", "solver": ["refit"]}})
+    assert len({road.statistics(subject, recipe(**overlay(usual, way))).folder for way in ways}) == 1
+    other = dataclasses.replace(subject, source={**subject.source, "fingerprint": "another"})
+    assert road.statistics(subject, recipe()).folder != road.statistics(other, recipe()).folder
+
+
 # ---- interruptions
 
 
@@ -219,7 +245,7 @@ def test_an_interruption_leaves_nothing_half_written(recipe: Make, tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         walk(recipe(), tmp_path / "out" / "cut", progress=pull_plug(what, 1))
     assert listing(tmp_path / "out") == []
-    assert [p for p in cache.rglob("*") if p.name.endswith(".partial")] == []
+    assert [p for p in cache.rglob("*") if ".writing-" in p.name] == []
     assert listing(cache / "measures") == []
     walk(recipe(), tmp_path / "out" / "cut")
     assert listing(tmp_path / "out") == ["cut"]

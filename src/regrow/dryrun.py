@@ -19,7 +19,7 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
 from regrow.artifacts.share import ZERO_SPREADS
-from regrow.engines import likelihood, tasks
+from regrow.engines import head, likelihood, tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
 TRAIN_COPIES = {"full": 4.0, "ast": 5.25}  # ast: as the model sees its weights, and a byte each for the mask
+PIECES = 6  # tensors of a piece of logits while a student learns from a teacher: both models', and what follows of them
 EFFICIENCY = 0.6  # of a large matrix product's speed that a whole model reaches
 MASK = 7.0  # copies of a linear's weights while its mask is chosen
 FACTOR = (6.1, 0.0)  # copies of a linear's Gram matrix, and of its weights, while the matrix is factored
@@ -53,6 +54,8 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
     anatomy = bind(config)
     anatomy = replace(anatomy, store_bytes=min(anatomy.store_bytes, as_dtype(recipe.dtype).itemsize))
     wish = check_words(recipe)
+    if recipe.sparsify is not None:
+        sparsify.check_shapes(anatomy, recipe.sparsify)
     plan, guessed = (Plan.everything(anatomy), False) if wish is None else foretold_plan(anatomy, wish)
     shape, asked = plan.shape(), measuring(recipe.evaluate)
     speed = gflops or machine_gflops()
@@ -140,10 +143,10 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
         rows.insert(1, before)
     if trained is not None and trained.tokens:
         held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
-        held += 0 if trained.teacher is None else 4 * dense.parameters
-        passes = 3 if trained.teacher is None else 4
-        peak = held + trained.micro_batch * trained.block * logits
-        rows.append(_row("recover", trained.tokens, passes * cut.flops_per_token, peak, gflops))
+        flops, made = 3 * cut.flops_per_token, trained.micro_batch * trained.block * logits
+        if trained.teacher is not None:  # taken to be as large as the dense model; logits come in pieces then
+            held, flops, made = held + 4 * dense.parameters, flops + dense.flops_per_token, 4 * PIECES * head.NUMBERS
+        rows.append(_row("recover", trained.tokens, flops, held + made, gflops))
     rows.append(_row("measure after", measured, cut.flops_per_token, 4 * cut.parameters + answers, gflops))
     return rows
 

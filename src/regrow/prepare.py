@@ -13,21 +13,22 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.share import ZERO_SPREADS
+from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import checkpoint, masks, moving_masks, spp_forward, tokens
 from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
-from regrow.engines.packed import Packed
+from regrow.engines.packed import Packed, as_packed
 from regrow.engines.texts import Part, documents, shared
 from regrow.errors import SettingsError, TextError
-from regrow.settings import BASE, Recipe, Recover
+from regrow.settings import BASE, KEEPS, Recipe, Recover
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
 from regrow.stages.recover import WHOLE, as_train
 from regrow.stages.score import Choice, choose, reads_text
 
-RECOVERY_PARTS: tuple[Part, ...] = ("recovery", "heldout")  # what it trains on, and what its curve is measured on
+HELDOUT_TOKENS = 4096  # that the curve of a recovery is measured on
 
 
 def check_words(recipe: Recipe) -> Wish | None:
@@ -44,6 +45,16 @@ def check_words(recipe: Recipe) -> Wish | None:
         Pattern.parse(recipe.sparsify.pattern)
         ZERO_SPREADS.get(recipe.sparsify.spread)
         sparsify.choose(recipe.sparsify)
+    asked = recipe.recover
+    if asked is not None and asked.tokens:
+        as_train(asked, recipe.seed)
+        DIVERGENCES.get(asked.loss)
+        if asked.method in WHOLE and recipe.dtype != "fp32":
+            raise SettingsError(
+                f"recovery of all weights in {recipe.dtype}",
+                "fp32, where small updates are not rounded away",
+                "use --dtype fp32, or adapters, such as recover.method=spp of a sparse model and lora of another",
+            )
     return wish
 
 
@@ -58,17 +69,9 @@ def check(recipe: Recipe) -> Wish | None:
     _check_apart(recipe)
     asked = recipe.recover
     if asked is not None and asked.tokens:
-        as_train(asked, recipe.seed)
-        DIVERGENCES.get(asked.loss)
         if asked.teacher not in (None, BASE):
             checkpoint.locate(str(asked.teacher))
         tokens.check_lessons(documents(asked.text, "recovery"), asked.template, asked.learn)
-        if asked.method in WHOLE and recipe.dtype != "fp32":
-            raise SettingsError(
-                f"recovery of all weights in {recipe.dtype}",
-                "fp32, where small updates are not rounded away",
-                "use --dtype fp32, or recover.method=lora",
-            )
     return wish
 
 
@@ -114,6 +117,16 @@ def settled(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"recover": asked.model_copy(update={"teacher": checkpoint.root(recipe.model)})})
 
 
+def with_method(recipe: Recipe, zeros: Sparsity | None) -> Recipe:
+    """Where no way to recover is named, a model with `zeros` gets one that keeps them."""
+    asked = recipe.recover
+    sparse = zeros is not None and (zeros.sparse or recipe.sparsify is not None)
+    if asked is None or not sparse or "method" in asked.model_fields_set:
+        return recipe
+    named = Recover.model_validate({**asked.model_dump(exclude_unset=True), "method": KEEPS})
+    return recipe.model_copy(update={"recover": named})
+
+
 def check_spp(subject: Subject, recipe: Recipe) -> None:
     """Refuse a rank of SPP that does not divide the outputs of every linear, and what experts cannot have. Raises
     `SettingsError`."""
@@ -147,15 +160,23 @@ def check_zeros(subject: Subject, recipe: Recipe) -> None:
 
 
 def check_texts(subject: Subject, recipe: Recipe) -> None:
-    """Refuse text that does not fill one block before anything long begins. Raises `TextError`."""
+    """Refuse text that does not fill one block, or teaches nothing, before anything long begins. Raises `TextError`."""
     check_length(subject.model, subject.tokenizer, recipe.evaluate)
     if recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify):
         text, block = documents(recipe.calibration.text, "calibration"), recipe.calibration.block
         tokens.blocks(text, subject.tokenizer, block=block, tokens=block, seed=recipe.seed)
     asked = recipe.recover
     if asked is not None and asked.tokens:
-        for part in RECOVERY_PARTS:
-            recovery_text(subject, asked, part, count=asked.block, seed=recipe.seed)
+        whole = asked.learn == "answers"  # one block may hold none, so all of the text is looked at
+        for part, count, seed in recovery_parts(recipe):
+            found = recovery_text(subject, asked, part, count=count if whole else asked.block, seed=seed)
+            as_packed(found, f"{asked.text}, its {part} part")
+
+
+def recovery_parts(recipe: Recipe) -> tuple[tuple[Part, int, int], ...]:
+    """What a recovery trains on and what its curve is measured on: the part of its text, tokens, seed."""
+    assert recipe.recover is not None
+    return ("recovery", recipe.recover.tokens, recipe.seed), ("heldout", HELDOUT_TOKENS, 0)
 
 
 def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, seed: int) -> Packed:

@@ -34,7 +34,16 @@ from regrow.engines.texts import documents, fingerprint
 from regrow.engines.train_settings import FREE
 from regrow.engines.zeros import of_model
 from regrow.errors import RegrowWarning
-from regrow.prepare import calibrates, check, check_subject, chosen_criteria, recovery_text, settled
+from regrow.prepare import (
+    calibrates,
+    check,
+    check_subject,
+    chosen_criteria,
+    recovery_parts,
+    recovery_text,
+    settled,
+    with_method,
+)
 from regrow.settings import Recipe, dump
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
@@ -47,8 +56,6 @@ from regrow.stages.score import reads_text, score
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 Page = Callable[[Report, Plan | None, Scores | None, str], Mapping[str, str]]  # files to lie beside the model
-
-HELDOUT_TOKENS = 4096  # for the loss shown while recovering
 
 
 @dataclass(slots=True)
@@ -74,6 +81,8 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         subject = load(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
         )
+    zeros = census(subject) if wish is None else None
+    recipe = with_method(recipe, zeros)
     check_subject(subject, recipe, wish)
     plan, scores = Plan.everything(subject.anatomy), None
     if wish is not None:
@@ -81,7 +90,6 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
             scores = scored(subject, recipe, record, progress)
         with clock.stage("plan"):
             plan = make_plan(subject.anatomy, scores, wish)
-    zeros = census(subject) if wish is None else None
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress)
     done = _Done(holder(subject.model.config, subject.anatomy, plan))
@@ -347,8 +355,9 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         "dtype": recipe.dtype,
     }
     work = cache.cache_dir("recover", cache.key({**inputs, "text": fingerprint(asked.text)}))
-    blocks = recovery_text(subject, asked, "recovery", count=asked.tokens, seed=recipe.seed)
-    heldout = recovery_text(subject, asked, "heldout", count=HELDOUT_TOKENS, seed=0)
+    blocks, heldout = (
+        recovery_text(subject, asked, part, count=count, seed=seed) for part, count, seed in recovery_parts(recipe)
+    )
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
     found = recover(
         subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say

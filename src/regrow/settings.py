@@ -86,6 +86,7 @@ class Sparsify(_Part):
 
 DROPOUT = 0.05  # LLM-Pruner's, for LoRA
 BASE = "base"  # the teacher that is where everything began
+KEEPS = "spp"  # how a sparse model recovers unless another way is named
 RATES = {"lora": 3e-4, "lora-masked": 3e-4, "spp": 4e-3, "hira": 4e-3, "ia3": 4e-3, "full": 3e-5, "ast": 3e-5}
 """The peak rate of each way to recover. LoRA: LLM-Pruner's. SPP: its paper's; HiRA and IA3 multiply weights as it does,
 and a factor that is nearer to 1 than about 1/400 is rounded away in 16 bits. All weights: a tenth of LoRA's, since each
@@ -98,7 +99,7 @@ class Recover(_Part):
     method: Literal["lora", "lora-masked", "spp", "hira", "ia3", "full", "ast"] = Field(
         default="lora",
         description="adapters that are merged, or all weights (full, ast); of a sparse model, lora fills the zeros, "
-        "ast moves them, and the others keep every one",
+        f"ast moves them, and the others keep every one: {KEEPS} is its default",
     )
     tokens: int = Field(default=100_000, ge=0, description="how many tokens are trained on; 0 = no recovery")
     text: str = Field(default="demo", description="as in `calibration`")
@@ -122,8 +123,12 @@ class Recover(_Part):
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
     batch: int = Field(default=8, ge=1, description="sequences in a step")
     micro_batch: int = Field(default=4, ge=1, description="sequences in one pass; must divide `batch`")
-    rank: int = Field(default=8, ge=1, description="of the adapters (lora)")
-    alpha: float = Field(default=16, gt=0, description="adapters are scaled by alpha / rank (lora)")
+    rank: int = Field(default=8, ge=1, description="of the adapters (not of ia3)")
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="adapters are scaled by alpha / rank (lora, lora-masked, spp); null = twice the rank",
+    )
     dropout: float | None = Field(
         default=None,
         ge=0,
@@ -137,6 +142,11 @@ class Recover(_Part):
         "base = the model that all steps before began with",
     )
     loss: str = Field(default="forward-kl", description="how far from the teacher; `regrow ls losses`")
+
+    @field_validator("alpha")
+    @classmethod
+    def _own_alpha(cls, alpha: float | None, info: ValidationInfo) -> float | None:
+        return 2.0 * info.data["rank"] if alpha is None and "rank" in info.data else alpha
 
     @field_validator("dropout")
     @classmethod

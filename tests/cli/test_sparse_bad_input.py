@@ -99,8 +99,8 @@ def test_words(refused: Refused, sprout_dir: Path, out: Path, flags: tuple[str, 
         (("--tokens", "0"), ("a run that changes nothing", "keep, sparsify or recover")),
         (("--rank", "0"), ("recover.rank = 0", "greater than or equal to 1")),
         (("--dropout", "1"), ("recover.dropout = 1", "less than 1")),
-        (("--adapter", "full", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=lora")),
-        (("--adapter", "ast", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=lora")),
+        (("--adapter", "full", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=spp")),
+        (("--adapter", "ast", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=spp")),
         (("--set", "recover.adapter=spp"), ("unknown recipe key 'recover.adapter'",)),
         (("--template", "alpca"), ("unknown recover.template 'alpca'", "did you mean 'alpaca'", "chat")),
         (("--learn", "answer"), ("unknown recover.learn 'answer'", "did you mean 'answers'", "all")),
@@ -122,6 +122,17 @@ def test_a_row_without_an_answer(refused: Refused, sprout_dir: Path, tmp_path: P
     rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "input": "d"}\n', encoding="utf-8")
     says = ("rows.jsonl: line 2: 'output' is missing", "instruction (and input) with output", "complete the row")
     refused("recover", sprout_dir, "--train", rows, "--out", tmp_path / "out", "--text", "none", says=says)
+
+
+@pytest.mark.usefixtures("early")
+def test_answers_that_no_block_reaches(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    """Found before anything is pruned or trained."""
+    rows = tmp_path / "rows.jsonl"
+    row = '{{"prompt": "{} {}", "completion": "b"}}\n'
+    rows.write_text("".join(row.format(i, "many words " * 300) for i in range(60)), encoding="utf-8")
+    says = ("rows.jsonl, its recovery part: ", "tokens, and none of them is learnt", "lengthen the block")
+    few = ("--learn", "answers", "--template", "alpaca", "--tokens", 64, "--set", "recover.block=16")
+    refused("recover", sprout_dir, "--train", rows, *few, "--out", tmp_path / "out", "--text", "none", says=says)
 
 
 @pytest.mark.usefixtures("early")
@@ -238,7 +249,7 @@ def test_a_teacher_of_another_tongue(refused: Refused, sprout_dir: Path, out: Pa
     other = tmp_path / "other"
     other.mkdir()
     checkpoint.write(make("llama"), tokenizer(), other, torch.float32, None)
-    says = ("a teacher whose tokenizer is another one (vocabularies of 64 and", "choose another teacher")
+    says = ("a teacher whose tokens are others (embeddings of 64 rows there and", "choose another teacher")
     refused("recover", sprout_dir, "--teacher", other, *TRAIN, "--out", out, says=says)
     whole = ("run", "spp", "--model", sprout_dir, "--text", "none", "--set", "evaluate.tasks=[]", "--out", out)
     refused(*whole, "--set", f"recover.teacher={other}", says=says)
@@ -254,7 +265,7 @@ def test_a_teacher_whose_tokens_are_others(refused: Refused, sprout_dir: Path, o
     vocabulary = found["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(found), encoding="utf-8")
-    says = ("whose tokenizer is another one (token 'a' is",)
+    says = ("whose tokens are others (token 'a' is",)
     refused("recover", sprout_dir, "--teacher", broken, *TRAIN, "--out", out, says=says)
 
 

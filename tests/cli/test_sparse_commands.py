@@ -434,6 +434,21 @@ def test_the_rate_of_the_method_is_written_down(regrow: Command, thin: Path, tal
     assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["recover"]["learning_rate"] == 0.004
 
 
+def test_a_sparse_model_keeps_its_zeros_unless_asked_otherwise(
+    regrow: Command, thin: Path, short: Path, tale: Path, tmp_path: Path
+) -> None:
+    """Where no method is named: SPP with its own settings; of a dense model LoRA."""
+    asked = {}
+    for name, model in (("sparse", thin), ("dense", short)):
+        done = regrow("recover", model, *TRAIN, "--train", tale, "--out", tmp_path / name)
+        assert done.code == 0, done.err
+        assert "warning" not in done.err
+        recipe = yaml.safe_load((tmp_path / name / "recipe.yaml").read_text(encoding="utf-8"))["recover"]
+        asked[name] = [recipe[key] for key in ("method", "rank", "alpha", "dropout", "learning_rate")]
+    assert asked == {"sparse": ["spp", 8, 16, 0.0, 0.004], "dense": ["lora", 8, 16, 0.05, 0.0003]}
+    assert regrow("diff", thin, tmp_path / "sparse", "--weights", "--json").json["same_mask"] is True
+
+
 def test_plain_lora_warns_and_fills(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
     done = regrow("recover", thin, "--adapter", "lora", *TRAIN, "--train", tale, "--out", tmp_path / "filled")
     assert done.code == 0, done.err

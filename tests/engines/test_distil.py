@@ -248,6 +248,13 @@ def test_a_resumed_run_needs_the_same_teacher(tmp_path: Path) -> None:
             train(tiny(), patterns(), settings(), folder=tmp_path, loss=other)
 
 
+def test_a_run_at_another_temperature_is_another_run(tmp_path: Path) -> None:
+    teacher = tiny()
+    train(tiny(), patterns(), settings(), folder=tmp_path, loss=FromTeacher(teacher, kl(), {"temperature": 2.0}))
+    with pytest.raises(SettingsError, match=r"loss: 'forward-kl temperature=2\.0 from"):
+        train(tiny(), patterns(), settings(), folder=tmp_path, loss=FromTeacher(teacher, kl()))
+
+
 # --- what cannot teach
 
 
@@ -266,7 +273,7 @@ def sized(size: int = 258) -> Any:
 
 def test_teachers_must_share_the_vocabulary() -> None:
     check_teacher(sized(), sized(), tongue(), tongue())
-    with pytest.raises(SettingsError, match=r"whose tokenizer is another one \(vocabularies of 1,024 and 258\)"):
+    with pytest.raises(SettingsError, match=r"whose tokens are others \(embeddings of 1,024 rows there and 258 here\)"):
         check_teacher(sized(), sized(1024), tongue(), tongue())
 
     def swapped(backend: Any) -> None:
@@ -277,6 +284,7 @@ def test_teachers_must_share_the_vocabulary() -> None:
         (tongue(swapped), "token 'a' is 67 there and 66 here"),
         (tongue(lambda backend: backend.add_tokens(["<think>"])), "token '<think>' is 258 there and none here"),
         (tongue(eos_token="<s>"), "eos_token is '<s>' there and '</s>' here"),
+        (tongue(bos_token="</s>"), "bos_token is '</s>' there and '<s>' here"),
     ):
         with pytest.raises(SettingsError, match=match):
             check_teacher(sized(), sized(), tongue(), other)

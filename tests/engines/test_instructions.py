@@ -126,15 +126,18 @@ def test_the_template_is_the_tokenizers_unless_asked() -> None:
     [
         (
             "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
-            "the beginning of a conversation",
+            "here: the chat template writes the beginning of a conversation",
         ),
         ("{{ messages[-1]['content'] }}", "the beginning of a conversation"),
-        ("{{ raise_exception('no system here') }}", "refuses messages of system, user: no system here"),
+        (
+            "{{ raise_exception('no system here') }}",
+            "here: the chat template refuses 2 messages of system, user: no system here",
+        ),
     ],
 )
 def test_chat_templates_that_do_not_fit(template: str, says: str) -> None:
     with pytest.raises(TextError, match=says) as caught:
-        chat(read_lesson({"messages": TALK}, ""), with_template(template))
+        chat(read_lesson({"messages": TALK}, "here"), with_template(template))
     assert caught.value.todo == "ask for template alpaca"
 
 
@@ -236,11 +239,16 @@ def test_parts_share_no_lesson(tmp_path: Path) -> None:
         ({"instruction": "a", "input": {"b": 1}, "output": "c"}, "line 2: 'input' is no text"),
         ({"messages": "a"}, "line 2: 'messages' is no list of objects"),
         ({"messages": ["a"]}, "line 2: 'messages' is no list of objects"),
-        ({"messages": []}, "line 2: messages of nobody"),
-        ({"messages": TALK[:1]}, "line 2: messages of system"),
-        ({"messages": TALK[:2]}, "line 2: messages of system, user"),
-        ({"messages": TALK[1:4]}, "line 2: messages of user, assistant, user"),
-        ({"messages": [*TALK[1:], {"role": "tool", "content": "a"}]}, "assistant, user, assistant, tool"),
+        ({"messages": []}, "line 2: 0 messages that end without an answer"),
+        ({"messages": TALK[:1]}, "line 2: 1 messages that end without an answer"),
+        ({"messages": TALK[:2]}, "line 2: 2 messages that end without an answer"),
+        ({"messages": TALK[1:4]}, "line 2: 3 messages that end without an answer"),
+        (
+            {"messages": [*TALK[1:], {"role": "tool", "content": "a"}]},
+            "line 2, message 5: 'tool' speaks, where 'user' should",
+        ),
+        ({"messages": TALK[1:3] * 100 + TALK[1:2]}, "line 2: 201 messages that end without an answer"),
+        ({"messages": [TALK[0], TALK[2], TALK[1]]}, "line 2, message 2: 'assistant' speaks, where 'user' should"),
         ({"messages": [TALK[1], {"role": "assistant"}]}, "line 2, message 2: 'content' is missing"),
         ({"messages": [TALK[1], {"role": "assistant", "content": [1]}]}, "message 2: 'content' is no text"),
     ],

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from models import VOCAB, make
+from models import VOCAB, config_of, make, randomise
 from regrow.artifacts.family import FAMILIES
 from regrow.engines import likelihood
 from regrow.engines.likelihood import Answer, Question, log_likelihoods
@@ -53,6 +54,24 @@ def close(found: list[tuple[float, bool]], model: Any, asked: list[list[Answer]]
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_is_alone(kind: str) -> None:
     model, asked = make(kind), questions()
+    assert close(log_likelihoods(model, asked, batch=8), model, asked)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next"])
+def test_shared_is_alone_where_layers_keep_a_state(kind: str) -> None:
+    """In place of keys and values, in some layers or beside them."""
+    more = {
+        "qwen3_next": {
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+    }.get(kind, {})
+    config = config_of(kind, num_hidden_layers=2, **more)
+    config.layer_types = ["conv" if kind == "lfm2" else "linear_attention", "full_attention"]
+    model, asked = AutoModelForCausalLM.from_config(config).eval(), questions()
+    randomise(model, gains=1.0)
     assert close(log_likelihoods(model, asked, batch=8), model, asked)
 
 
@@ -102,6 +121,17 @@ def test_what_is_common_is_read_once() -> None:
     assert seen.shapes == [(1, 29), (4, 2)]
 
 
+def test_rows_have_a_bound() -> None:
+    model = make("llama")
+    seen = Counter(model)
+    log_likelihoods(model, questions(), batch=3)
+    assert max(rows for rows, _ in seen.shapes) <= 3
+    seen.shapes.clear()
+    log_likelihoods(model, questions(), batch=8)
+    most = max(len(answers) for answers in questions())
+    assert most < max(rows for rows, _ in seen.shapes) <= 8, "questions are read together"
+
+
 def test_logits_have_a_bound() -> None:
     model = make("llama")
     seen = Counter(model)
@@ -139,7 +169,7 @@ def test_a_cache_of_the_wrong_rows_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
     def swapped(model: Any, group: Any, start: int) -> Any:
         cache = true(model, group, start)
-        cache.batch_select_indices(torch.arange(len(cache.layers[0].keys)).flip(0))
+        cache.reorder_cache(torch.arange(len(cache.layers[0].keys)).flip(0))
         return cache
 
     monkeypatch.setattr(likelihood, "_cache", swapped)

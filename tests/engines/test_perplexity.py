@@ -81,6 +81,18 @@ def test_equals_the_plain_forward(family: str, blocks: torch.Tensor, monkeypatch
     torch.testing.assert_close(losses, plain(model, blocks), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_head_is_run_in_slices(family: str, blocks: torch.Tensor) -> None:
+    """Not whole, which would be as right and cost more."""
+    assert perplexity._slices_agree(build(family).eval(), blocks[:1, :8])
+
+
+def test_losses_whose_exp_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "block_losses", lambda *_, **__: torch.tensor([800.0], dtype=torch.float64))
+    with pytest.raises(BrokenModel, match="the loss on block 0 of 'x' is 800"):
+        score_text(build(), byte_tokenizer(), "many words " * 9, name="x", seqlen=40)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
 def test_a_head_it_does_not_know_is_run_whole(
     family: str, blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch

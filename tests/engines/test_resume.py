@@ -60,6 +60,29 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
         train(tiny(), patterns(), settings(), folder=tmp_path)
 
 
+def test_the_newest_is_the_one_of_the_most_steps(tmp_path: Path) -> None:
+    for step in (75, 100, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    (tmp_path / "checkpoint-200").mkdir()
+    assert newest(tmp_path) == tmp_path / "checkpoint-100"
+
+
+@pytest.mark.parametrize("text", ["", '{"tokens": 3', None])
+def test_checkpoints_of_a_run_that_nobody_knows(tmp_path: Path, text: str | None) -> None:
+    with pytest.raises(Stop):
+        train(tiny(), patterns(), settings(), folder=tmp_path, progress=pull_plug(4))
+    record = tmp_path / "run.json"
+    record.unlink()
+    if text is not None:
+        record.write_text(text)
+    with pytest.raises(SettingsError, match=r"run\.json, which says of which run, is missing or no JSON"):
+        train(tiny(), patterns(), settings(), folder=tmp_path)
+    assert newest(tmp_path) is not None
+    train(tiny(), patterns(), settings(), folder=tmp_path, resume=False)
+    assert record.exists()
+
+
 def test_dropout_was_on(tmp_path: Path) -> None:
     """The test above would be blind if every run drew the same noise."""
     ends = []

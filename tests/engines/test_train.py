@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training import STEP, VOCAB, T, patterns, same, settings, tiny, weights
 
 from regrow.engines.adapters import add_adapters
@@ -54,6 +55,46 @@ def test_first_step_is_adamw(tmp_path: Path) -> None:
         assert torch.allclose(moved, -1e-2 * parameter.grad[clear].sign(), rtol=2e-3), name
 
 
+def test_steps_are_adamws_own(tmp_path: Path) -> None:
+    """Three of them beside torch's loop, with moments that are not the usual ones."""
+    chosen = settings(tokens=3 * STEP, warmup=0, clip=0, betas=(0.5, 0.6), schedule="constant", learning_rate=1e-3)
+    model, reference = tiny(), tiny()
+    train(model, patterns(), chosen, folder=tmp_path)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.5, 0.6), weight_decay=0.0)
+    for rows in order(12, 12, seed=0).split(4):
+        optimizer.zero_grad()
+        next_token(reference, {"input_ids": patterns()[rows]}).backward()
+        optimizer.step()
+    for name, value in reference.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-6), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_gradients_are_clipped(tmp_path: Path, clip: float) -> None:
+    norms: list[float] = []
+
+    def see(optimizer: Any, *_: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    handle = register_optimizer_step_pre_hook(see)
+    try:
+        train(tiny(), patterns(), settings(clip=clip), folder=tmp_path)
+    finally:
+        handle.remove()
+    assert len(norms) == 6
+    assert max(norms) == pytest.approx(1e-3, rel=1e-3) if clip else min(norms) > 0.01
+
+
+def test_held_out_loss_is_without_dropout(tmp_path: Path) -> None:
+    model = tiny(dropout=0.5)
+    result = train(model, patterns(), settings(), folder=tmp_path, heldout=patterns(3))
+    expected = next_token(model.eval(), {"input_ids": patterns(3)}).item()
+    assert result.losses[-1]["heldout_loss"] == pytest.approx(expected, rel=1e-5)
+    dropped = next_token(model.train(), {"input_ids": patterns(3)}).item()
+    assert dropped != pytest.approx(expected, rel=1e-4)
+
+
 def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
     ends = []
     for micro in (1, 2, 4):
@@ -67,8 +108,15 @@ def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
 
 def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
     plain, recomputed = tiny(), tiny()
-    train(plain, patterns(), settings(), folder=tmp_path / "a")
-    train(recomputed, patterns(), settings(checkpointing=True), folder=tmp_path / "b")
+    seen: list[bool] = []
+
+    def spy(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        seen.append(model.is_activation_checkpointing)
+        return next_token(model, batch)
+
+    train(plain, patterns(), settings(), folder=tmp_path / "a", loss=spy)
+    train(recomputed, patterns(), settings(checkpointing=True), folder=tmp_path / "b", loss=spy)
+    assert seen == [False] * 12 + [True] * 12
     assert same(weights(plain), weights(recomputed))
     assert not recomputed.is_activation_checkpointing
 

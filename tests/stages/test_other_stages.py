@@ -214,6 +214,10 @@ def test_training_settings_follow_the_recipe() -> None:
         as_train(Recover(batch=6, micro_batch=4), seed=0)
 
 
+def test_adapters_are_scaled_by_two_unless_named() -> None:
+    assert (Recover().alpha, Recover(rank=16).alpha, Recover(rank=16, alpha=16).alpha) == (16, 32, 16)
+
+
 @pytest.mark.parametrize("method", get_args(Recover.model_fields["method"].annotation))
 def test_a_rate_that_is_not_named_is_the_method_s_own(method: str) -> None:
     """And a recipe that is written down names it."""

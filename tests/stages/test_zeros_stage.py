@@ -35,14 +35,16 @@ def sprout(sprout_dir: Path) -> Subject:
 
 
 SPARSEGPT = WEIGHT_CRITERIA.get("sparsegpt")
+COLUMNS = 160  # two blocks
 
 
-def problem(criterion: WeightCriterion = SPARSEGPT) -> Any:
+def problem(criterion: WeightCriterion = SPARSEGPT, pattern: str = "50%") -> Any:
     source = torch.Generator().manual_seed(3)
-    x = torch.randn(200, 32, generator=source, dtype=torch.float64) @ torch.randn(32, 32, generator=source).double()
-    w = torch.randn(12, 32, generator=source, dtype=torch.float64)
+    mix = torch.randn(COLUMNS, COLUMNS, generator=source, dtype=torch.float64)
+    x = torch.randn(400, COLUMNS, generator=source, dtype=torch.float64) @ mix
+    w = torch.randn(12, COLUMNS, generator=source, dtype=torch.float64)
     seen = Inputs(x.square().sum(0), x.sum(0), x.var(0, correction=0))
-    return task_of(w, seen, Curvature(x.T @ x), criterion, Pattern.parse("50%"))
+    return task_of(w, seen, Curvature(x.T @ x), criterion, Pattern.parse(pattern))
 
 
 def answer(*solvers: str, criterion: str = "sparsegpt", **options: Any) -> Sparse:
@@ -79,9 +81,9 @@ def test_dsnot_starts_with_as_many_zeros_in_every_row(criterion: str) -> None:
     """Whatever chooses them; of what another solver leaves it keeps each row's count, as above."""
     alone = answer("none", criterion=criterion).gone
     within = WEIGHT_CRITERIA.get(criterion).within
-    assert (alone.sum(1) == 16).all() == (within == "row")
+    assert (alone.sum(1) == COLUMNS // 2).all() == (within == "row")
     for solvers in (("dsnot",), ("dsnot", "refit")):
-        assert bool((answer(*solvers, criterion=criterion).gone.sum(1) == 16).all())
+        assert bool((answer(*solvers, criterion=criterion).gone.sum(1) == COLUMNS // 2).all())
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,23 @@ def test_dsnot_starts_with_as_many_zeros_in_every_row(criterion: str) -> None:
 def test_work_that_the_next_would_undo_is_refused(chain: tuple[str, ...]) -> None:
     with pytest.raises(SettingsError, match="finds all weights anew"):
         sparsify.choose(Sparsify(pattern="50%", solver=chain))
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "isc", "magnitude"])
+@pytest.mark.parametrize("first", ["update", "mrp", "alps", "refit", "none"])
+def test_it_is_refused_when_the_first_keeps_the_mask(first: str, criterion: str, pattern: str) -> None:
+    """SparseGPT's update scores again only where that means something, MRP tries subsets only of groups."""
+    asked = Sparsify(pattern=pattern, criterion=criterion, solver=(first,))
+    ((solver, options),) = sparsify.choose(asked).solvers
+    task = problem(WEIGHT_CRITERIA.get(criterion), pattern)
+    start = Lowest(task)
+    same = torch.equal(solver.solve(task, start, **options).gone, start.gone)
+    if same:
+        with pytest.raises(SettingsError, match="finds all weights anew"):
+            sparsify.choose(asked.model_copy(update={"solver": (first, "dsnot")}))
+    else:
+        sparsify.choose(asked.model_copy(update={"solver": (first, "dsnot")}))
 
 
 def test_a_solver_named_as_the_criterion_works_first() -> None:
@@ -106,7 +125,7 @@ def test_every_solver_says_what_it_does_to_a_mask() -> None:
         start = Lowest(task)
         held = solver.solve(task, start, **({"hold": True} if "hold" in solver.options else {}))
         assert torch.equal(held.gone, start.gone) is (solver.mask != "moves"), name
-        assert ("hold" in solver.options) is (solver.mask == "chooses"), name
+        assert ("hold" in solver.options) is (solver.mask not in ("keeps", "moves")), name
         other = Sparse(task.weight.masked_fill(start.gone, 0) * 1.5, start.gone)
         again = solver.solve(task, other, **({"hold": True} if "hold" in solver.options else {}))
         assert torch.equal(held.weight, again.weight) is (solver.takes == "mask"), name

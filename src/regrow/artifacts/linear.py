@@ -81,8 +81,9 @@ class Lowest(Sparse):
         return self.task.weight.masked_fill(self.gone, 0)
 
 
-Mask = Literal["keeps", "moves", "chooses"]
-"""What a solver does to the mask it is given; `chooses` makes one of its own, unless its option `hold` is set."""
+Mask = Literal["keeps", "moves", "chooses", "rescores", "tries"]
+"""What a solver does to the mask it is given. `chooses` makes one of its own, `rescores` does when the criterion means
+something on weights that have moved, `tries` then and for N:M; none of the three when its option `hold` is set."""
 Takes = Literal["mask", "weights"]
 """What a solver takes from the one before it: its mask alone, when weights are found anew, or its weights too."""
 
@@ -100,9 +101,10 @@ class Solver:
     solve: Callable[..., Sparse]  # (Linear, Sparse, **options)
     options: dict[str, Any]
 
-    def moves(self, options: Mapping[str, Any]) -> bool:
-        """Whether the mask it leaves may be another than it was given."""
-        return self.mask == "moves" or (self.mask == "chooses" and not options.get("hold"))
+    def moves(self, options: Mapping[str, Any], *, adapts: bool, groups: bool) -> bool:
+        """Whether the mask it leaves may be another than it was given; `adapts` is the criterion's, `groups` N:M's."""
+        own = {"chooses": True, "rescores": adapts, "tries": adapts or groups}.get(self.mask, False)
+        return self.mask == "moves" or (own and not options.get("hold"))
 
 
 SOLVERS: Registry[Solver] = Registry("solver", "regrow.solvers")

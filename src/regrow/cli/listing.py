@@ -30,7 +30,7 @@ def ls(
         "tasks": (["task", "chance"], tasks),
         "units": (["unit", "what is removed as a whole"], units),
         "weight-criteria": (["criterion of weights", "competes within", "solver", "what", "paper"], weight_criteria),
-        "solvers": (["solver", "sees", "starts from", "what", "paper"], solvers),
+        "solvers": (["solver", "sees", "starts from", "options", "what", "paper"], solvers),
         "zero-spreads": (["spread of zeros", "what", "paper"], zero_spreads),
         "losses": (["loss", "what", "paper"], losses),
     }
@@ -62,7 +62,10 @@ def weight_criteria() -> Rows:
 def solvers() -> Rows:
     from regrow.artifacts.linear import SOLVERS
 
-    return [[s.name, s.sees, s.start, s.about, s.paper] for _, s in SOLVERS.items()]
+    return [
+        [s.name, s.sees, s.start, ", ".join(f"{k}={v}".lower() for k, v in s.options.items()), s.about, s.paper]
+        for _, s in SOLVERS.items()
+    ]
 
 
 def zero_spreads() -> Rows:

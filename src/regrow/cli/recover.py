@@ -14,11 +14,16 @@ def recover(
     model: o.Model,
     out: o.Out,
     adapter: Annotated[
-        str | None, typer.Option(help="spp, lora, lora-masked, hira, ia3; all weights: full, or ast, which moves zeros")
+        str | None,
+        typer.Option(
+            help="lora (the default), spp (the default of a sparse model), lora-masked, hira, ia3, full or ast"
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="tokens to train on")] = None,
     rank: Annotated[int | None, typer.Option(help="of the adapters")] = None,
-    alpha: Annotated[float | None, typer.Option(help="adapters are scaled by alpha / rank")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="adapters are scaled by alpha / rank; twice the rank unless named")
+    ] = None,
     dropout: Annotated[float | None, typer.Option(help="before the adapters")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="the peak; the method's own unless named")] = None,
     train_text: Annotated[

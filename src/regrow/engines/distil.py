@@ -50,7 +50,8 @@ class FromTeacher:
     def __init__(self, teacher: Any, divergence: Divergence, options: Mapping[str, Any] | None = None) -> None:
         self.teacher, self.head = teacher.eval(), needed_head(teacher, "teacher")
         self.divergence, self.options = divergence, dict(options or {})
-        self.__name__ = f"{divergence.name} from {weights_fingerprint(teacher)}"  # what a resumed run must share
+        how = "".join(f" {name}={value}" for name, value in sorted(self.options.items()))
+        self.__name__ = f"{divergence.name}{how} from {weights_fingerprint(teacher)}"  # what a resumed run must share
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
@@ -84,8 +85,8 @@ def check_teacher(student: Any, teacher: Any, ours: Any, theirs: Any) -> None:
     why = _difference(student, teacher, ours, theirs)
     if why is not None:
         raise SettingsError(
-            f"a teacher whose tokenizer is another one ({why})",
-            "a teacher with the student's tokenizer, such as the model it was cut from",
+            f"a teacher whose tokens are others ({why})",
+            "a teacher with the student's tokenizer and as many rows of embedding, such as the model it was cut from",
             "choose another teacher, or train without one",
         )
 
@@ -93,7 +94,7 @@ def check_teacher(student: Any, teacher: Any, ours: Any, theirs: Any) -> None:
 def _difference(student: Any, teacher: Any, ours: Any, theirs: Any) -> str | None:
     """The first thing that sets two tokenizers apart: sizes, ids of tokens, special tokens, how text is cut."""
     if student.vocab_size != teacher.vocab_size:
-        return f"vocabularies of {teacher.vocab_size:,} and {student.vocab_size:,}"
+        return f"embeddings of {teacher.vocab_size:,} rows there and {student.vocab_size:,} here"
     here, there = ours.get_vocab(), theirs.get_vocab()
     odd = min(here.items() ^ there.items(), default=None)
     if odd is not None:

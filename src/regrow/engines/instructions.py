@@ -9,7 +9,8 @@ Where a tokenizer begins every text with a space (LLaMA 2), an answer begins wit
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any, Literal
 
 from regrow.errors import SettingsError, TextError
@@ -40,6 +41,7 @@ class Turn:
 class Lesson:
     turns: tuple[Turn, ...]
     system: str = ""  # what is said before the first turn
+    where: str = field(default="", compare=False)  # it was read, for errors
 
 
 # ---- rows
@@ -62,7 +64,7 @@ def read_lesson(row: Mapping[str, Any], where: str) -> Lesson:
         return _conversation(row["messages"], where)
     *_, answer = FIELDS[found]
     context = _text(row, "input", where, needed=False) if found == "instruction" else ""
-    return Lesson((Turn(_text(row, found, where), _text(row, answer, where), context),))
+    return Lesson((Turn(_text(row, found, where), _text(row, answer, where), context),), where=where)
 
 
 def _conversation(messages: Any, where: str) -> Lesson:
@@ -70,14 +72,16 @@ def _conversation(messages: Any, where: str) -> Lesson:
         raise _bad(f"{where}: 'messages' is no list of objects")
     roles = [str(message.get("role")) for message in messages]
     start = int(roles[:1] == ["system"])
-    turns = (len(roles) - start) // 2
-    if not turns or roles[start:] != ["user", "assistant"] * turns:
-        raise _bad(f"{where}: messages of {', '.join(roles) or 'nobody'}")
+    for number, (role, due) in enumerate(zip(roles[start:], cycle(("user", "assistant")), strict=False), start + 1):
+        if role != due:
+            raise _bad(f"{where}, message {number}: {role!r} speaks, where {due!r} should")
+    if len(roles) == start or (len(roles) - start) % 2:
+        raise _bad(f"{where}: {len(roles)} messages that end without an answer")
     said = [
         _text(message, "content", f"{where}, message {number}", needed=role != "system")
         for number, (role, message) in enumerate(zip(roles, messages, strict=True), 1)
     ]
-    return Lesson(tuple(map(Turn, said[start::2], said[start + 1 :: 2])), "".join(said[:start]))
+    return Lesson(tuple(map(Turn, said[start::2], said[start + 1 :: 2])), "".join(said[:start]), where)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str, *, needed: bool = True) -> str:
@@ -134,25 +138,26 @@ def chat(lesson: Lesson, tokenizer: Any) -> list[Piece]:
     before = ""
     for turn in lesson.turns:
         said.append({"role": "user", "content": f"{turn.asked}\n\n{turn.context}" if turn.context else turn.asked})
-        prompt = _written(said, tokenizer, add_generation_prompt=True)
+        prompt = _written(said, lesson.where, tokenizer, add_generation_prompt=True)
         said.append({"role": "assistant", "content": turn.answer})
-        whole = _written(said, tokenizer, add_generation_prompt=False)
+        whole = _written(said, lesson.where, tokenizer, add_generation_prompt=False)
         if not (prompt.startswith(before) and whole.startswith(prompt)):
-            raise _unfit("the chat template writes the beginning of a conversation anew when it goes on")
+            raise _unfit(
+                f"{lesson.where}: the chat template writes the beginning of a conversation anew when it goes on"
+            )
         pieces += [(prompt.removeprefix(before), False), (whole.removeprefix(prompt), True)]
         before = whole
     return pieces
 
 
-def _written(messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> str:
+def _written(messages: list[dict[str, str]], where: str, tokenizer: Any, *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
-        raise _unfit(
-            f"the chat template refuses messages of {', '.join(m['role'] for m in messages)}: {error}"
-        ) from error
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise _unfit(f"{where}: the chat template refuses {len(messages)} messages of {roles}: {error}") from error
     return text
 
 

@@ -115,10 +115,10 @@ def _cache(model: Any, group: Sequence[Question], start: int) -> Any:
     """Keys and values of what each question's answers share, once for each answer; None when the model keeps none."""
     first = torch.tensor([question.answers[0].read[:start] for question in group], device=model.device)  # (q, start)
     cache: Any = getattr(model(input_ids=first, use_cache=True, logits_to_keep=1), "past_key_values", None)
-    if not hasattr(cache, "batch_select_indices"):
+    if not hasattr(cache, "reorder_cache"):
         return None
     rows = torch.tensor([i for i, question in enumerate(group) for _ in question.answers], device=model.device)
-    cache.batch_select_indices(rows)
+    cache.reorder_cache(rows)  # of every kind of layer, those that keep a state in place of keys too
     return cache
 
 

@@ -32,7 +32,7 @@ EVERY = 10  # steps between two choices of the zeros
 DECAY = 6e-5  # of masked weights, at its height
 RISE = 0.25  # share of the steps after which it is there
 WIDEST = 32  # largest groups that are looked for
-TYPICAL = 0.8  # share of what the fullest group has that groups of a pattern have on average
+TYPICAL = 0.6  # share of a pattern's groups that keep as many as the fullest, at least; of half a group it is a half
 
 
 def needed(empty: Masks | None) -> Masks:
@@ -51,8 +51,8 @@ def width(empty: Tensor) -> int:
     row = empty.shape[-1]
     for of in (m for m in range(2, WIDEST + 1) if row % m == 0):
         kept = (~empty).reshape(-1, of).sum(1)  # (groups,)
-        most = int(kept.max())
-        if most < of and float(kept.float().mean()) >= TYPICAL * most:
+        most = kept.max()
+        if most < of and float((kept == most).float().mean()) >= TYPICAL:
             return of
     return row
 

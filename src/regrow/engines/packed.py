@@ -37,21 +37,21 @@ class Packed:
         return self.learn[:, 1:].sum(1)
 
 
-def as_packed(blocks: Tensor | Packed) -> Packed:
+def as_packed(blocks: Tensor | Packed, what: str = "training text") -> Packed:
     """Checked; of a tensor (n, T) all is learnt. Blocks of which nothing is learnt are left out.
 
-    Raises `TextError` when no block is left.
+    Raises `TextError` when no block is left; `what` it is that was read.
     """
     packed = blocks if isinstance(blocks, Packed) else Packed(blocks)
     shape = tuple(packed.ids.shape)
     if len(shape) != 2 or not shape[0] or shape[1] < 2:
-        raise TextError(f"blocks of shape {shape}", "(n, T) with n >= 1, T >= 2", "give more text to train on")
+        raise TextError(f"{what}: blocks of shape {shape}", "(n, T) with n >= 1, T >= 2", "give more text to train on")
     if packed.learn is None:
         return packed
     useful = packed.targets() > 0  # (n,)
     if not useful.any():
         raise TextError(
-            f"{packed.ids.numel()} tokens, and none of them is learnt",
+            f"{what}: {packed.ids.numel():,} tokens, and none of them is learnt",
             "blocks that reach into an answer",
             "lengthen the block, give more text, or learn all of it",
         )

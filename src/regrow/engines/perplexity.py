@@ -33,6 +33,7 @@ CHUNK, SLICE = 512, 2048  # tokens and words whose logits exist at the same time
 _PROBE = 8  # tokens on which the sliced head must agree with the model's own forward
 _CLOSE = 1e-3  # largest difference of losses, relative to the largest logit, that rounding may make
 
+MOST = 700  # nats a token
 BYTES_RULE = "decoded blocks less their first tokens"
 
 
@@ -70,10 +71,10 @@ def score_text(
     count = len(blocks)
     losses = block_losses(model, blocks, progress=progress and partial(progress, name)).tolist()  # nats a target
     for index, loss in enumerate(losses):
-        if not math.isfinite(loss):
+        if not loss <= MOST:
             raise BrokenModel(
-                f"the loss on block {index} of {name!r} is {loss}",
-                "finite losses",
+                f"the loss on block {index} of {name!r} is {loss:g}",
+                f"finite losses, at most {MOST} nats: exp of more is no number",
                 "look for NaN or infinite weights; a model in fp16 may need bf16 or fp32",
             )
     mean, spread = ratio(losses, [1] * count)

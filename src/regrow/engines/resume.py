@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.cache import replacing
 from regrow.errors import OutputError, SettingsError
 
 COMPLETE = "complete"  # the mark
@@ -55,18 +56,20 @@ def open_run(folder: Path, run: Mapping[str, Any], *, resume: bool) -> Path | No
     """Make `folder` ready for the run described by `run` (plain JSON); the checkpoint to start from, if any.
 
     Checkpoints that are not whole go; without `resume` all of them go. Raises `SettingsError` when the checkpoints are
-    of another run, naming what differs, and `OutputError` when the folder cannot be written.
+    of another run, naming what differs, or of one that nobody knows, and `OutputError` when the folder cannot be
+    written.
     """
     now = json.loads(json.dumps(run))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         start = newest(folder) if resume else None
         if start is not None:
-            _same(folder, json.loads((folder / RUN).read_text(encoding="utf-8")), now)
+            _same(folder, _known(folder), now)
         for path in folder.glob("checkpoint-*"):
             if start is None or not (path / COMPLETE).exists():
                 shutil.rmtree(path)
-        (folder / RUN).write_text(json.dumps(now, indent=1), encoding="utf-8")
+        with replacing(folder / RUN) as partial:
+            partial.write_text(json.dumps(now, indent=1), encoding="utf-8")
     except OSError as error:
         raise OutputError(
             f"the training folder {folder} cannot be written: {error}",
@@ -74,6 +77,19 @@ def open_run(folder: Path, run: Mapping[str, Any], *, resume: bool) -> Path | No
             "name another folder",
         ) from error
     return start
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """The run that the checkpoints in `folder` belong to. Raises `SettingsError` when its record is gone."""
+    try:
+        found: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise SettingsError(
+            f"{folder} holds checkpoints, but {RUN}, which says of which run, is missing or no JSON",
+            "the file as it was written",
+            "put it back, name another folder, or start over with resume off",
+        ) from error
+    return found
 
 
 def _same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -100,7 +100,7 @@ def train(
     (nothing to learn), `BrokenModel` (loss not finite, or diverging; the last good checkpoint stays), `OutputError`.
     """
     groups = _groups(model, settings, loss)
-    text, measured = as_packed(blocks), None if heldout is None else as_packed(heldout)
+    text, measured = as_packed(blocks), None if heldout is None else as_packed(heldout, "held-out text")
     goal = loss.loss if isinstance(loss, Objective) else loss
     began = time.perf_counter()
     with _as_it_was(model, settings.checkpointing):
@@ -288,7 +288,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             f"training broke in step {done + 1} of {self.trainer.args.max_steps} ({tokens:,} tokens): {what}",
             f"finite losses at most {self.settings.divergence:g} nats above the lowest so far",
             (f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet")
-            + "; lower learning_rate, lengthen warmup or lower clip",
+            + "; lower learning_rate or lengthen warmup",
         )
 
 

@@ -24,13 +24,13 @@ ROWS = 64  # rows whose joint removals are solved together
 Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weights (m, b), gone (m, b), errors (m, b)
 
 
-@solver(sees="gram", mask="chooses", takes="mask", start="sparsegpt", paper="arXiv:2301.00774 (SparseGPT)")
+@solver(sees="gram", mask="rescores", takes="mask", start="sparsegpt", paper="arXiv:2301.00774 (SparseGPT)")
 def update(task: Linear, start: Sparse, hold: bool = False) -> Sparse:
     """SparseGPT: weights go one after the other, each made up for by the inputs after it."""
     return _sweep(task, start, joint=False, hold=hold)
 
 
-@solver(sees="gram", mask="chooses", takes="mask", start="sparsegpt", paper="arXiv:2410.15567 (MRP)")
+@solver(sees="gram", mask="tries", takes="mask", start="sparsegpt", paper="arXiv:2410.15567 (MRP)")
 def mrp(task: Linear, start: Sparse, hold: bool = False) -> Sparse:
     """The weights of a block go at once; of N:M groups every subset is tried before (unless `hold`)."""
     return _sweep(task, start, joint=True, hold=hold)

@@ -66,10 +66,9 @@ def recover(
     zeros = _while_training(model, empty, settings.method, numbers.steps(text.ids.shape[1]))
     adapted = settings.method not in WHOLE
     if adapted:
-        kind = settings.method.removesuffix("-masked")
-        model = add_adapters(
-            model, kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout or 0.0, seed=seed
-        )
+        kind, alpha = settings.method.removesuffix("-masked"), settings.alpha
+        assert alpha is not None  # twice the rank where none was named
+        model = add_adapters(model, kind, rank=settings.rank, alpha=alpha, dropout=settings.dropout or 0.0, seed=seed)
     with zeros:
         result = train(model, text, numbers, folder=folder, loss=goal, heldout=heldout, progress=progress)
     notes = _little(moved(model, subject.store), subject) if adapted else ()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -87,11 +88,12 @@ def choose(settings: Sparsify) -> Method:
             "inputs = dense: what a block reads behind pruned ones holds for one pattern only",
             "read dense inputs, or keep no statistics",
         )
+    moves = partial(Solver.moves, adapts=criterion.adapts, groups=Pattern.parse(settings.pattern).of > 0)
     if solvers[0].within is not None:
         criterion = replace(criterion, within=solvers[0].within)
     return Method(
         criterion,
-        tuple(_chain(solvers, settings.options)),
+        tuple(_chain(solvers, settings.options, moves)),
         damping=settings.damping,
         inputs=settings.inputs,
         mend=settings.mend,
@@ -100,7 +102,9 @@ def choose(settings: Sparsify) -> Method:
     )
 
 
-def _chain(solvers: Sequence[Solver], options: Mapping[str, Any]) -> Iterator[tuple[Solver, Mapping[str, Any]]]:
+def _chain(
+    solvers: Sequence[Solver], options: Mapping[str, Any], moves: Callable[[Solver, Mapping[str, Any]], bool]
+) -> Iterator[tuple[Solver, Mapping[str, Any]]]:
     """Each with its options; all but the first keep the mask that they are given.
 
     Raises `SettingsError` when one would leave nothing that the next takes up.
@@ -110,7 +114,7 @@ def _chain(solvers: Sequence[Solver], options: Mapping[str, Any]) -> Iterator[tu
         own = {name: value for name, value in options.items() if name in solver.options}
         if before is not None and "hold" in solver.options:
             own["hold"] = True
-        if before is not None and solver.takes == "mask" and not before[0].moves(before[1]):
+        if before is not None and solver.takes == "mask" and not moves(*before):
             raise SettingsError(
                 f"solver {before[0].name!r} before {solver.name!r}, which finds all weights anew",
                 "solvers that go on with weights (refit, alps) after it, or one that moves the mask before",
@@ -156,10 +160,23 @@ def reads_kept(settings: Sparsify, kept: Readings) -> bool:
 
 
 def check(subject: Subject, settings: Sparsify) -> Pattern:
-    """Refuse now what would fail later: a pattern that does not divide, names of nothing, a model sparse already."""
+    """Refuse now what would fail later: what `check_shapes` refuses, and a model sparse already."""
+    pattern = check_shapes(subject.anatomy, settings)
+    found = zeros.of_model(subject.model, subject.anatomy)
+    if settings.existing == "refuse" and found.share >= SPARSE:
+        raise SettingsError(
+            f"{subject.source['id']} has {100 * found.share:.1f} % zeros already",
+            f"fewer than {100 * SPARSE:g} %, or word of what becomes of them",
+            "say --existing keep to leave every zero where it is, or start from the dense model",
+        )
+    return pattern
+
+
+def check_shapes(anatomy: Anatomy, settings: Sparsify) -> Pattern:
+    """Refuse a pattern that does not divide, and names of nothing. Raises `SettingsError`."""
     pattern = Pattern.parse(settings.pattern)
-    names = zeros.prunable(subject.anatomy)
-    shapes = {tensor.name: tensor.shape for tensor in subject.anatomy.tensors}
+    names = zeros.prunable(anatomy)
+    shapes = {tensor.name: tensor.shape for tensor in anatomy.tensors}
     wanted = [name for name in names if not named(name.removesuffix(".weight"), settings.leave)]
     for end in settings.leave:
         if not any(named(name.removesuffix(".weight"), (end,)) for name in names):
@@ -168,18 +185,11 @@ def check(subject: Subject, settings: Sparsify) -> Pattern:
                 "ends of names: " + ", ".join(sorted({n.removesuffix(".weight").rpartition(".")[2] for n in names})),
                 "correct it",
             )
-    wanted += _others(subject.anatomy, settings)
+    wanted += _others(anatomy, settings)
     if not wanted:
         raise SettingsError("every linear is left out", "at least one that may become sparse", "leave fewer out")
     for name in wanted:
         pattern.check(name, shapes[name][-1])
-    found = zeros.of_model(subject.model, subject.anatomy)
-    if settings.existing == "refuse" and found.share >= SPARSE:
-        raise SettingsError(
-            f"{subject.source['id']} has {100 * found.share:.1f} % zeros already",
-            f"fewer than {100 * SPARSE:g} %, or word of what becomes of them",
-            "say --existing keep to leave every zero where it is, or start from the dense model",
-        )
     return pattern
 
 
