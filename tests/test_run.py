@@ -416,6 +416,27 @@ def test_the_python_door(sprout_dir: Path, tmp_path: Path) -> None:
         regrow.prune(str(sprout_dir), tmp_path / "other", kepe="85%")
 
 
+def test_zeros_and_their_recovery_at_the_python_door(sprout_dir: Path, tmp_path: Path) -> None:
+    """Keys of the part and of the run side by side; defaults are those of the commands."""
+    import regrow
+
+    quiet = {"text": None, "samples": []}
+    sparse = regrow.sparsify(
+        str(sprout_dir), tmp_path / "sparse", pattern="2:4", criterion="magnitude", evaluate=quiet, seed=3
+    )
+    assert sparse.after["size/nonzero_weights"].value * 2 == sparse.before["size/nonzero_weights"].value
+    assert (sparse.made_by["seed"], sparse.made_by["evaluate"]["speed"]) == (3, False)
+    assert sparse.made_by["calibration"] == {"text": "demo", "tokens": 8192, "block": 512}
+    short = {"tokens": 256, "block": 32, "batch": 2, "micro_batch": 2}
+    tuned = regrow.recover(str(tmp_path / "sparse"), tmp_path / "tuned", **short, teacher="base", evaluate=quiet)
+    assert (tuned.made_by["recover"]["method"], tuned.made_by["recover"]["teacher"]) == ("spp", str(sprout_dir))
+    assert tuned.training[-1]["tokens"] == 256
+    with pytest.raises(UnknownName, match="did you mean 'sparsify.pattern'"):
+        regrow.sparsify(str(sprout_dir), tmp_path / "other", sparsify={"patern": "2:4"})
+    with pytest.raises(UnknownName, match="unknown recipe key 'patern'"):
+        regrow.sparsify(str(sprout_dir), tmp_path / "other", patern="2:4")
+
+
 def test_none_at_the_python_door_is_a_recipe_s_null(
     sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,15 @@ def test_an_unknown_name() -> None:
         "  allowed: families: gemma2, llama",
     ]
     assert found.came.startswith("unknown family")
-    assert "criteria: a" in UnknownName("criterion", "x", ["a"]).allowed
+    for noun, plural in (
+        ("criterion", "criteria"),
+        ("weight criterion", "weight criteria"),
+        ("recipe key", "recipe keys"),
+        ("family", "families"),
+        ("loss", "losses"),
+        ("spread of zeros", "spreads of zeros"),
+    ):
+        assert UnknownName(noun, "x", ["a"]).allowed == f"{plural}: a"
     assert UnknownName("task", "zzz", ["a", "b"]).came == "unknown task 'zzz'."
     assert UnknownName("task", "arc", ["arc_easy", "arc_hard"]).came.count("' or '") == 1
     twin = pickle.loads(pickle.dumps(found))

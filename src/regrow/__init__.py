@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from regrow.artifacts.scores import Scores
     from regrow.artifacts.shape import Shape, costs, count
     from regrow.artifacts.sight import Sight, criterion
-    from regrow.door import prune
+    from regrow.door import prune, recover, sparsify
     from regrow.engines.gates import gated
     from regrow.engines.spp import SppConfig
     from regrow.errors import RegrowError
@@ -43,6 +43,8 @@ _HOMES = {
     "gated": "engines.gates",
     "load": "stages.load",
     "prune": "door",
+    "recover": "door",
+    "sparsify": "door",
 }
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ __all__ = [
     "Branch", "Budget", "Cut", "Family", "Plan", "Recipe", "RegrowError", "Report", "Scores", "Shape", "Sight",
     "SppConfig",
     "costs", "count", "criterion", "declare", "gated", "load", "prune",
+    "recover", "sparsify",
 ]  # fmt: skip
 
 

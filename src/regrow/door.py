@@ -1,4 +1,4 @@
-"""The Python form of `regrow run`: one call from a model's name to a finished folder."""
+"""The Python form of `regrow run`, `sparsify` and `recover`: one call from a model's name to a finished folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from regrow.artifacts.report import Report
 from regrow.cli.finish import pages
 from regrow.run import Progress, run
-from regrow.settings import find_recipe, overlay, parse, read_recipe
+from regrow.settings import SPARSE_CALIBRATION, Recover, Sparsify, find_recipe, overlay, parse, read_recipe
 
 
 def prune(
@@ -22,3 +22,30 @@ def prune(
     """
     data = read_recipe(find_recipe(recipe)) if recipe else {}
     return run(parse(overlay(data, {**settings, "model": model})), Path(out), page=pages, progress=progress)
+
+
+def sparsify(model: str, out: str | Path, *, progress: Progress | None = None, **settings: Any) -> Report:
+    """Make weights of `model` zero and leave a folder at `out`; returns the report.
+
+    `settings` are keys of a recipe's `sparsify` (`pattern="2:4"`, `criterion="wanda"`), and others of a recipe
+    (`calibration={"text": "my.txt"}`, `seed=1`). Raises errors of `regrow.errors`.
+    """
+    usual = {"name": "sparsify", "calibration": SPARSE_CALIBRATION, "evaluate": {"speed": False}}
+    inner = {key: settings.pop(key) for key in list(settings) if key in Sparsify.model_fields}
+    return _unstructured(model, out, overlay({**usual, "sparsify": inner}, settings), progress)
+
+
+def recover(model: str, out: str | Path, *, progress: Progress | None = None, **settings: Any) -> Report:
+    """Train `model`, cut or sparse or neither, and leave a folder at `out`; returns the report.
+
+    `settings` are keys of a recipe's `recover` (`method="spp"`, `tokens=200_000`, `teacher="base"`), and others of a
+    recipe (`evaluate={"text": None}`, `seed=1`). Raises errors of `regrow.errors`.
+    """
+    inner = {key: settings.pop(key) for key in list(settings) if key in Recover.model_fields}
+    usual = {"name": "recover", "evaluate": {"speed": False}, "recover": inner}
+    return _unstructured(model, out, overlay(usual, settings), progress)
+
+
+def _unstructured(model: str, out: str | Path, data: dict[str, Any], progress: Progress | None) -> Report:
+    """A run in which no unit goes."""
+    return run(parse({**data, "model": model, "keep": None}), Path(out), page=pages, progress=progress)

@@ -20,11 +20,13 @@ What this gives up: error codes. The command line exits with 2 for `InputError` 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
 PLURALS = {
     "criterion": "criteria",
+    "weight criterion": "weight criteria",
     "axis": "axes",
     "loss": "losses",
     "spread of zeros": "spreads of zeros",
@@ -64,7 +66,7 @@ class UnknownName(InputError):
 
     def __init__(self, noun: str, name: str, names: Iterable[str], todo: str = "") -> None:
         known = sorted(names)
-        plural = PLURALS.get(noun, noun[:-1] + "ies" if noun.endswith("y") else noun + "s")
+        plural = PLURALS.get(noun, re.sub("([^aeiou])y$", r"\1ie", noun) + "s")
         super().__init__(
             f"unknown {noun} {name!r}{guess(name, known)}",
             f"{plural}: {', '.join(known)}",

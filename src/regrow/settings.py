@@ -93,6 +93,10 @@ and a factor that is nearer to 1 than about 1/400 is rounded away in 16 bits. Al
 of them moves by about the rate in every step."""
 
 
+SPARSE_CALIBRATION = {"tokens": 8192, "block": 512}
+"""What zeros are chosen on where a command or the Python door is not told otherwise."""
+
+
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 

@@ -22,7 +22,7 @@ def prune(
     spread: Annotated[str | None, typer.Option(help="uniform, across or ends")] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="the same widths in every layer")] = False,
     divisors: Annotated[
-        str | None, typer.Option(help="with --uniform, widths are multiples: neuron=32,channel=64")
+        str | None, typer.Option(help="widths are multiples; with --uniform neuron=32,channel=64 unless named")
     ] = None,
     rescale_norms: Annotated[
         bool, typer.Option("--rescale-norms", help="norms keep statistics over the old width")

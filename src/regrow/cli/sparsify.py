@@ -9,15 +9,14 @@ import typer
 from regrow.cli import options as o
 from regrow.cli.prune import measured_text, present
 
-TOKENS, BLOCK = 8192, 512  # of calibration, unless said otherwise
-
 
 def sparsify(
     model: o.Model,
     out: o.Out,
     pattern: Annotated[str, typer.Option(help="share of zeros (50%) or kept of every so many (2:4, 2:8)")] = "50%",
     criterion: Annotated[
-        str | None, typer.Option(help="wanda, sparsegpt, magnitude, dsnot ...; see `regrow ls weight-criteria`")
+        str | None,
+        typer.Option(help="wanda, sparsegpt, magnitude ... (`regrow ls weight-criteria`), or a solver such as dsnot"),
     ] = None,
     solver: Annotated[
         str | None, typer.Option(help="none, update, refit, mrp, alps, dsnot; several with commas, in turn")
@@ -54,7 +53,7 @@ def sparsify(
 ) -> None:
     """Make a model sparse, unstructured or N:M, and write a folder that stock tools load."""
     from regrow.cli.finish import finish
-    from regrow.settings import parse
+    from regrow.settings import SPARSE_CALIBRATION, parse
 
     asked = present(
         pattern=pattern,
@@ -74,11 +73,7 @@ def sparsify(
         name="sparsify",
         model=model,
         sparsify=asked,
-        calibration=present(
-            text=calibration,
-            tokens=TOKENS if calibration_tokens is None else calibration_tokens,
-            block=BLOCK if calibration_block is None else calibration_block,
-        ),
+        calibration=SPARSE_CALIBRATION | present(text=calibration, tokens=calibration_tokens, block=calibration_block),
         evaluate=present(tasks=o.names(tasks), limit=limit, speed=speed) | measured_text(text),
         seed=seed,
         device=device,
