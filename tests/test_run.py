@@ -431,7 +431,7 @@ def test_zeros_and_their_recovery_at_the_python_door(sprout_dir: Path, tmp_path:
     tuned = regrow.recover(str(tmp_path / "sparse"), tmp_path / "tuned", **short, teacher="base", evaluate=quiet)
     assert (tuned.made_by["recover"]["method"], tuned.made_by["recover"]["teacher"]) == ("spp", str(sprout_dir))
     assert tuned.training[-1]["tokens"] == 256
-    with pytest.raises(UnknownName, match="did you mean 'sparsify.pattern'"):
+    with pytest.raises(UnknownName, match=r"did you mean 'sparsify\.pattern'"):
         regrow.sparsify(str(sprout_dir), tmp_path / "other", sparsify={"patern": "2:4"})
     with pytest.raises(UnknownName, match="unknown recipe key 'patern'"):
         regrow.sparsify(str(sprout_dir), tmp_path / "other", patern="2:4")
