@@ -21,8 +21,8 @@ from regrow.errors import IdentityError, SettingsError, guess
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-TOLERANCE = 1e-5  # of the largest logit
-PROBE = (2, 16)  # sequences, tokens: what a merge is checked on
+TOLERANCE = 1e-5  # of the largest output of a layer
+PROBE = 16  # inputs of each matrix that a merge is checked on
 
 
 def add_adapters(
@@ -103,16 +103,19 @@ KINDS: dict[str, Callable[[int, float, float, list[str]], PeftConfig]] = {
 def merge(model: PeftModel) -> nn.Module:
     """The model with its adapters added to its weights, in fp32 and eval mode; peft's wrapper is gone.
 
-    The logits of the adapted model, in fp32 on a fixed probe, are compared before returning. The caller rounds to the
-    storage dtype. Raises `IdentityError` when they differ.
+    What every adapted layer answers to a fixed probe, in fp32, is compared before returning; the whole model's logits
+    would not do, since some models make a thousand times more of a rounding. The caller rounds to the storage dtype.
+    Raises `IdentityError` when they differ.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     model.float().eval()
-    probe = _probe(model)
-    adapted = _logits(model, probe)
+    layers = model.get_base_model().named_modules()
+    adapted = {name: _answer(layer) for name, layer in layers if isinstance(layer, BaseTunerLayer)}
     merged = cast(nn.Module, model.merge_and_unload())
-    merged.requires_grad_(True).eval()
-    check_same(adapted, _logits(merged, probe))
-    return merged
+    for name, before in adapted.items():
+        check_same(name, before, _answer(merged.get_submodule(name)))
+    return merged.requires_grad_(True).eval()
 
 
 @torch.no_grad()
@@ -137,13 +140,13 @@ def moved(model: PeftModel, store: torch.dtype) -> float:
     return changed / max(1, total)
 
 
-def check_same(adapted: Tensor, merged: Tensor) -> None:
-    """Raise `IdentityError` unless logits (b, T, V) differ by at most `TOLERANCE` of the largest of them."""
+def check_same(name: str, adapted: Tensor, merged: Tensor) -> None:
+    """Raise `IdentityError` unless outputs of a layer differ by at most `TOLERANCE` of the largest of them."""
     scale = float(adapted.abs().max())
     off = float((adapted - merged).abs().max())
     if not off <= TOLERANCE * scale:
         raise IdentityError(
-            f"merging the adapters moved the logits by {off:.3g}, where the largest is {scale:.3g}",
+            f"merging the adapters of {name} moved its outputs by {off:.3g}, where the largest is {scale:.3g}",
             f"at most {TOLERANCE:g} of the largest",
             "nothing was written; look for weights that are not finite, then report it",
         )
@@ -194,12 +197,15 @@ def _check(rank: int, alpha: float, dropout: float) -> None:
             raise SettingsError(f"adapters with {came}", allowed, "change it; 8, 16 and 0.05 are the usual values")
 
 
-def _probe(model: nn.Module) -> Tensor:  # PROBE int64
-    source = torch.Generator().manual_seed(0)
-    vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, PROBE, generator=source).to(next(model.parameters()).device)
-
-
 @torch.no_grad()
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:  # (b, T, V) fp32
-    return cast(Tensor, model(input_ids=ids, use_cache=False).logits)
+def _answer(layer: Any) -> Tensor:  # (PROBE, m) fp32, on the CPU
+    """Outputs of a linear, or of a stack of experts that all get a share, for inputs that are always the same."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    stack = is_experts(base)
+    weight = base.gate_up_proj if stack else base.weight  # (E, m, n) or (m, n)
+    rows = PROBE * len(weight) if stack else PROBE
+    x = torch.randn(rows, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight)
+    if not stack:
+        return cast(Tensor, layer(x)).cpu()
+    chosen = torch.arange(rows, device=x.device)[:, None] % len(weight)  # (rows, 1)
+    return cast(Tensor, layer(x, chosen, torch.ones_like(chosen, dtype=x.dtype))).cpu()
