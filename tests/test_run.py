@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 from transformers import logging as hf_logging
 
@@ -20,8 +21,17 @@ from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Shape
 from regrow.artifacts.sight import CRITERIA
 from regrow.dryrun import ITEM_TOKENS, SCORE_COPIES, dry_run, machine_gflops
-from regrow.engines import checkpoint
-from regrow.errors import BudgetError, IdentityError, MissingDemo, SettingsError, TextError, UnknownName
+from regrow.engines import checkpoint, provenance
+from regrow.errors import (
+    BudgetError,
+    IdentityError,
+    MissingDemo,
+    OutputError,
+    RegrowWarning,
+    SettingsError,
+    TextError,
+    UnknownName,
+)
 from regrow.settings import RECIPES, Recipe, find_recipe, overlay, parse, read_recipe, recipe_names
 from regrow.stages import recover as recovering
 
@@ -80,7 +90,7 @@ def test_another_ratio_costs_no_second_calibration(
     assert first.stages["score"]["tokens"] == 512
     notes = json.loads((tmp_path / "a" / "regrow.json").read_text())
     assert (notes["id"], notes["base_model"]) == ("a", recipe().model)
-    assert notes["base"]["fingerprint"] == checkpoint.fingerprint(Path(recipe().model))
+    assert notes["base"]["fingerprint"] == provenance.fingerprint(Path(recipe().model))
     assert "path" not in notes["base"]
     forbid(monkeypatch, "score", "calibration")
     seen: list[str] = []
@@ -315,6 +325,73 @@ def test_less_memory_is_no_reason_to_start_anew(recipe: Make, tmp_path: Path, mo
         asked = parse(overlay(recipe(recover=usual).model_dump(), changes))
         walk(asked, tmp_path / str(number), progress=partial(note, seen))
         assert seen[0] == first * 4 * 64
+
+
+def test_layers_go_and_the_rest_recovers(recipe: Make, tmp_path: Path) -> None:
+    asked = {"tokens": 512, "block": 64, "batch": 4, "micro_batch": 2, "rank": 2}
+    report = walk(recipe(axes=["layer"], criterion="magnitude", keep="60%", recover=asked), tmp_path / "cut")
+    assert report.training[-1]["tokens"] == 512
+    assert len(report.shape["after"]["layers"]) < len(report.shape["before"]["layers"])
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_sparse_model_that_is_cut_keeps_the_zeros_of_what_is_left(
+    recipe: Make, tmp_path: Path, sprout_dir: Path, uniform: bool
+) -> None:
+    """Unless plain LoRA is named, which warns."""
+    import regrow
+
+    quiet = {"text": None, "samples": []}
+    regrow.sparsify(str(sprout_dir), tmp_path / "sparse", pattern="50%", criterion="magnitude", evaluate=quiet)
+    short = {"tokens": 256, "block": 32, "batch": 2, "micro_batch": 2, "learning_rate": 0.01}
+    wish = {
+        "model": str(tmp_path / "sparse"),
+        "axes": ["neuron", "layer"],
+        "criterion": "magnitude",
+        "uniform": uniform,
+    }
+    asked = recipe(**wish, keep="70%", recover=short)
+    report = walk(asked, tmp_path / "cut")
+    assert report.made_by["recover"]["method"] == "hira"
+    cut = walk(recipe(**wish, keep="70%"), tmp_path / "plain")
+    kept, plain = (found.after["size/nonzero_weights"].value for found in (report, cut))
+    assert kept == plain < 0.8 * report.before["size/nonzero_weights"].value
+    filled = {**short, "method": "lora"}
+    with pytest.warns(RegrowWarning, match="zeros are filled by plain LoRA"):
+        report = walk(recipe(**wish, keep="70%", recover=filled), tmp_path / "filled")
+    assert any("filled by plain LoRA" in note for note in report.notes)
+
+
+def test_two_runs_do_not_train_in_one_folder(recipe: Make, tmp_path: Path, cache: Path) -> None:
+    """The second is told; what it leaves alone is not removed under the first."""
+    usual = {"tokens": 512, "block": 64, "batch": 4, "micro_batch": 2}
+    seen: list[str] = []
+
+    def second(what: str, *_: int) -> None:
+        if what == "recovery" and not seen:
+            seen.append("begun")
+            with pytest.raises(OutputError, match="another process is at work on this recovery"):
+                walk(recipe(recover=usual), tmp_path / "b")
+
+    report = walk(recipe(recover=usual), tmp_path / "a", progress=second)
+    assert seen == ["begun"]
+    assert report.training[-1]["tokens"] == 512
+    assert listing(cache / "recover") == []
+
+
+def test_a_start_that_differs_is_another_recovery(recipe: Make) -> None:
+    """Another number of threads may round otherwise; nothing is refused, and nothing taken over."""
+    usual = {"tokens": 512, "block": 64, "batch": 4, "micro_batch": 2}
+    subject = road.load(recipe().model)
+    asked = recipe(keep=None, sparsify={"pattern": "2:4"}, recover={**usual, "method": "full"})
+    plan = Plan.everything(subject.anatomy)
+    folders = []
+    for nudge in (0.0, 1e-6):
+        subject = road.load(recipe().model)
+        with torch.no_grad():
+            subject.model.model.norm.weight[0] += nudge
+        folders.append(road._recovered(subject, asked, plan, None)[1])
+    assert folders[0] != folders[1]
 
 
 def test_a_recovery_with_other_settings_starts_anew(recipe: Make, tmp_path: Path) -> None:

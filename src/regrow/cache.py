@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,30 @@ def code() -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """`folder` is this process's alone while this is open. Raises `OutputError` when another has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as busy:
+        raise OutputError(
+            f"another process is at work on {what} ({folder})", "one at a time", "wait for it, or change a setting"
+        ) from busy
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder that is not needed any more, unless another process is at work on it."""
+    with suppress(OutputError), held(folder, folder.name):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

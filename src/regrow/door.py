@@ -21,7 +21,7 @@ def prune(
     `regrow.errors`.
     """
     data = read_recipe(find_recipe(recipe)) if recipe else {}
-    return run(parse(overlay(data, {**settings, "model": model})), Path(out), page=pages, progress=progress)
+    return _run(overlay(data, {**settings, "model": model}), out, progress)
 
 
 def sparsify(model: str, out: str | Path, *, progress: Progress | None = None, **settings: Any) -> Report:
@@ -48,4 +48,8 @@ def recover(model: str, out: str | Path, *, progress: Progress | None = None, **
 
 def _unstructured(model: str, out: str | Path, data: dict[str, Any], progress: Progress | None) -> Report:
     """A run in which no unit goes."""
-    return run(parse({**data, "model": model, "keep": None}), Path(out), page=pages, progress=progress)
+    return _run({**data, "model": model, "keep": None}, out, progress)
+
+
+def _run(data: dict[str, Any], out: str | Path, progress: Progress | None) -> Report:
+    return run(parse(data), Path(out).expanduser(), page=pages, progress=progress)

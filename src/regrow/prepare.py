@@ -14,14 +14,14 @@ from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.share import ZERO_SPREADS
 from regrow.artifacts.sparsity import Sparsity
-from regrow.engines import checkpoint, masks, moving_masks, spp_forward, tokens
+from regrow.engines import checkpoint, masks, moving_masks, provenance, spp_forward, tokens
 from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
 from regrow.engines.packed import Packed, as_packed
 from regrow.engines.texts import Part, documents, shared
 from regrow.errors import SettingsError, TextError
-from regrow.settings import BASE, KEEPS, Recipe, Recover
+from regrow.settings import BASE, KEEPS, KEEPS_CUT, Recipe, Recover
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
@@ -114,16 +114,17 @@ def settled(recipe: Recipe) -> Recipe:
     asked = recipe.recover
     if asked is None or asked.teacher != BASE:
         return recipe
-    return recipe.model_copy(update={"recover": asked.model_copy(update={"teacher": checkpoint.root(recipe.model)})})
+    return recipe.model_copy(update={"recover": asked.model_copy(update={"teacher": provenance.root(recipe.model)})})
 
 
 def with_method(recipe: Recipe, zeros: Sparsity | None) -> Recipe:
-    """Where no way to recover is named, a model with `zeros` gets one that keeps them."""
+    """Where no way to recover is named, a model with `zeros`, or that gets them, has them kept."""
     asked = recipe.recover
-    sparse = zeros is not None and (zeros.sparse or recipe.sparsify is not None)
+    sparse = (zeros is not None and zeros.sparse) or recipe.sparsify is not None
     if asked is None or not sparse or "method" in asked.model_fields_set:
         return recipe
-    named = Recover.model_validate({**asked.model_dump(exclude_unset=True), "method": KEEPS})
+    keeps = KEEPS if recipe.keep is None else KEEPS_CUT
+    named = Recover.model_validate({**asked.model_dump(exclude_unset=True), "method": keeps})
     return recipe.model_copy(update={"recover": named})
 
 
@@ -143,13 +144,24 @@ def check_spp(subject: Subject, recipe: Recipe) -> None:
 
 
 def check_tongue(subject: Subject, recipe: Recipe) -> None:
-    """Refuse a teacher whose tokens are others, before anything is pruned for it. Raises `SettingsError`."""
+    """Refuse a teacher whose tokens are others, whose files are broken, or who is the model itself, before anything is
+    pruned for it. Raises `SettingsError`, `BrokenModel`."""
     asked = recipe.recover
     if asked is None or not asked.tokens or asked.teacher is None:
         return
     folder = checkpoint.locate(asked.teacher)
-    config = checkpoint.read_config(folder)
-    check_teacher(subject.model.config, config, subject.tokenizer, checkpoint.read_tokenizer(folder, config))
+    trust = recipe.trust_remote_code
+    config = checkpoint.read_config(folder, trust_remote_code=trust)
+    checkpoint.check_files(folder)
+    tokenizer = checkpoint.read_tokenizer(folder, config, trust_remote_code=trust)
+    check_teacher(subject.model.config, config, subject.tokenizer, tokenizer)
+    changes = recipe.keep is not None or recipe.sparsify is not None
+    if not changes and provenance.fingerprint(folder) == subject.source["fingerprint"]:
+        raise SettingsError(
+            f"teacher {asked.teacher}, which is the model itself: there is nothing to learn from it",
+            "the model it was made from, or another with the same tokenizer",
+            "name the teacher; `base` is known only of folders that regrow wrote",
+        )
 
 
 def check_zeros(subject: Subject, recipe: Recipe) -> None:

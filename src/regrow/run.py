@@ -7,7 +7,6 @@ dense model is measured once. What this gives up: distributed runs of the whole 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,11 +27,12 @@ from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import checkpoint, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
+from regrow.engines.distil import Teacher
 from regrow.engines.hetero import Holder, holder
 from regrow.engines.readings import Readings
+from regrow.engines.resume import weights_fingerprint
 from regrow.engines.texts import documents, fingerprint
 from regrow.engines.train_settings import FREE
-from regrow.engines.zeros import of_model
 from regrow.errors import RegrowWarning
 from regrow.prepare import (
     calibrates,
@@ -44,12 +44,13 @@ from regrow.prepare import (
     settled,
     with_method,
 )
+from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, zeros_of
 from regrow.settings import Recipe, dump
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
 from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
 from regrow.stages.export import export
-from regrow.stages.load import load
+from regrow.stages.load import load, read_model
 from regrow.stages.plan import Wish, make_plan, unprotected
 from regrow.stages.recover import Recovered, recover, warning
 from regrow.stages.score import reads_text, score
@@ -81,7 +82,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         subject = load(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
         )
-    zeros = census(subject) if wish is None else None
+    zeros = zeros_of(subject, always=wish is None)
     recipe = with_method(recipe, zeros)
     check_subject(subject, recipe, wish)
     plan, scores = Plan.everything(subject.anatomy), None
@@ -101,16 +102,16 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
             done = _sparse(subject, recipe, done.holder, record, progress)
     training: tuple[dict[str, float], ...] = ()
     if recipe.recover and recipe.recover.tokens:
-        done = _warned(subject, recipe, done) if wish is None else done
+        done = _warned(subject, recipe, done)
         with clock.stage("recover", tokens=recipe.recover.tokens):
             recovered, work = _recovered(subject, recipe, plan, progress)
         training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
     with clock.stage("evaluate after"):
         after = _measure(subject, recipe, progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
-    kept = census(subject) if wish is None else None
+    kept = None if zeros is None else zeros_of(subject, always=True)
     report = Report(
-        model=_model(subject, done.holder),
+        model=origin_of(subject, done.holder),
         made_by=_made_by(recipe, subject, plan),
         shape={"before": subject.anatomy.dense.to_json(), "after": plan.shape().to_json()},
         before={**sizes(subject.anatomy, subject.anatomy.dense), **sparse_sizes(subject, zeros), **before},
@@ -122,13 +123,13 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         notes=(*([f"dense: {subject.source['note']}"] if subject.source.get("note") else []), *done.notes),
         stages=clock.stages,
         training=training,
-        sparsity=_by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
+        sparsity=by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
     )
     files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.papers(kept)}
     pages = page(report, plan if wish else None, scores, files["recipe.yaml"])
-    export(subject, done.holder, out, {**files, **pages}, _notes_of_folder(subject, out, recipe, kept))
+    export(subject, done.holder, out, {**files, **pages}, notes_of_folder(subject, out, recipe, kept))
     if training:
-        shutil.rmtree(work, ignore_errors=True)
+        cache.drop(work)
     return report
 
 
@@ -147,25 +148,6 @@ class _Done:
             return dict(self.files)
         found = replace(self.sparsified, sparsity=kept)
         return {**self.files, "sparsity.json": json.dumps(found.to_json(), indent=1)}
-
-
-def _model(subject: Subject, held: Holder) -> dict[str, Any]:
-    known = {k: v for k, v in subject.source.items() if k != "path"}
-    return {**known, "holder": held.kind, "holder_note": held.note}
-
-
-def _by_layer(subject: Subject, kept: Sparsity | None, errors: Mapping[int, float]) -> tuple[dict[str, float], ...]:
-    """Weights, zeros and error of each layer; nothing for a model that is not sparse."""
-    if kept is None or not kept.sparse:
-        return ()
-    layer = {tensor.name: tensor.layer for tensor in subject.anatomy.tensors}
-    rows = [{"weights": 0.0, "zeros": 0.0} for _ in range(subject.anatomy.sizes["L"])]
-    for matrix in kept.matrices:
-        place = layer[matrix.name]
-        if place is not None:
-            rows[place]["weights"] += matrix.weights
-            rows[place]["zeros"] += matrix.zeros
-    return tuple({**row, **({"error": errors[i]} if i in errors else {})} for i, row in enumerate(rows))
 
 
 def _warned(subject: Subject, recipe: Recipe, done: _Done) -> _Done:
@@ -316,35 +298,18 @@ def measured(
     return found, said
 
 
-def census(subject: Subject) -> Sparsity:
-    """Zeros of a model whose shape is that of its anatomy."""
-    return of_model(subject.model, subject.anatomy)
-
-
-def sparse_sizes(subject: Subject, found: Sparsity | None) -> dict[str, Measure]:
-    """`size/nonzero_weights` and what sparse storage would weigh, of a model that has zeros or gets them."""
-    if found is None:
-        return {}
-    how = {"matrices": "inside decoder layers", "stored": "non-zero weights and one bit a position, or as it is"}
-    stored = subject.anatomy.store_bytes
-    size = min(found.bitmask_bytes(stored), found.weights * stored)
-    return {
-        "size/nonzero_weights": Measure(found.weights - found.zeros, "", "lower"),
-        "size/bitmask_bytes": Measure(size, "bytes", "lower", how=how),
-    }
-
-
 def _measure(subject: Subject, recipe: Recipe, progress: Progress | None) -> dict[str, Measure]:
     return evaluate(subject.model, subject.tokenizer, recipe.evaluate, progress=progress)
 
 
 def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress | None) -> tuple[Recovered, Path]:
-    """Train the cut model; returns how it went and the folder of its checkpoints."""
+    """Train the cut model; returns how it went and the folder of its checkpoints, which nobody else trains in."""
     asked = recipe.recover
     assert asked is not None
-    teacher = None if asked.teacher is None else load(asked.teacher, dtype=recipe.dtype, device=recipe.device)
+    teacher = None if asked.teacher is None else _teacher(asked.teacher, recipe)
     inputs = {
         "model": subject.source["fingerprint"],
+        "weights": weights_fingerprint(subject.model),
         "teacher": None if teacher is None else teacher.source["fingerprint"],
         "plan": plan.to_json(),
         "recover": asked.model_dump(exclude=set(FREE)),
@@ -359,31 +324,15 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         recovery_text(subject, asked, part, count=count, seed=seed) for part, count, seed in recovery_parts(recipe)
     )
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
-    found = recover(
-        subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
-    )
+    with cache.held(work, "this recovery"):
+        found = recover(
+            subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
+        )
     return found, work
 
 
-def _notes_of_folder(subject: Subject, out: Path, recipe: Recipe, kept: Sparsity | None) -> dict[str, Any]:
-    """What later steps need of where a model is from: `base_model` loads the base, their default teacher; its zeros."""
-    source = subject.source
-    notes = {
-        "id": out.name,
-        "licence": source["licence"],
-        "note": source["note"],
-        "base_model": source.get("asked", "demo"),
-        "base": {k: v for k, v in source.items() if k not in ("path", "asked")},
-    }
-    if kept is not None and kept.sparse:
-        asked = recipe.sparsify.pattern if recipe.sparsify else _pattern(source.get("sparsity", {}), kept)
-        layers = [row["zeros"] / row["weights"] for row in _by_layer(subject, kept, {})]
-        notes["sparsity"] = {"pattern": asked, "share": kept.share, "layers": layers, "mask_hash": kept.mask_hash}
-    return notes
-
-
-def _pattern(before: Mapping[str, Any], kept: Sparsity) -> str | None:
-    """The pattern that the model had and still has, or the groups that are found."""
-    known = before.get("pattern")
-    whole = known is not None and kept.share >= before["share"] and (":" not in known or kept.groups == known)
-    return known if whole else kept.groups
+def _teacher(name: str, recipe: Recipe) -> Teacher:
+    """Any causal model, whether it can be cut or not."""
+    return Teacher(
+        *read_model(name, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    )

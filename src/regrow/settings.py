@@ -51,7 +51,9 @@ class Sparsify(_Part):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the solvers, by name")
     spread: str = Field(default="uniform", description="how zeros are shared among layers: uniform, owl, hessian")
-    damping: float = Field(default=0.01, ge=0, description="of the Gram matrices, as a share of their mean diagonal")
+    damping: float = Field(
+        default=0.01, ge=0, allow_inf_nan=False, description="of the Gram matrices, as a share of their mean diagonal"
+    )
     inputs: Literal["pruned", "dense", "both"] = Field(
         default="pruned",
         description="what a block reads: as pruned before it, as in the dense model (one pass), or pruned with the "
@@ -79,14 +81,17 @@ class Sparsify(_Part):
     @field_validator("pattern", mode="before")
     @classmethod
     def _not_base_sixty(cls, pattern: Any) -> Any:
-        """YAML 1.1 reads 2:4 as two minutes and four seconds."""
+        """YAML 1.1 reads 2:4 as two minutes and four seconds. Numbers that are more likely meant as such stay, and are
+        no pattern; 1:4 in a recipe needs quotes."""
         whole = isinstance(pattern, int) and not isinstance(pattern, bool)
-        return f"{pattern // 60}:{pattern % 60}" if whole else pattern
+        if not whole:
+            return pattern
+        return f"{pattern // 60}:{pattern % 60}" if pattern >= 120 else str(pattern)
 
 
 DROPOUT = 0.05  # LLM-Pruner's, for LoRA
 BASE = "base"  # the teacher that is where everything began
-KEEPS = "spp"  # how a sparse model recovers unless another way is named
+KEEPS, KEEPS_CUT = "spp", "hira"  # how a sparse model recovers unless another way is named; of any width when it is cut
 RATES = {"lora": 3e-4, "lora-masked": 3e-4, "spp": 4e-3, "hira": 4e-3, "ia3": 4e-3, "full": 3e-5, "ast": 3e-5}
 """The peak rate of each way to recover. LoRA: LLM-Pruner's. SPP: its paper's; HiRA and IA3 multiply weights as it does,
 and a factor that is nearer to 1 than about 1/400 is rounded away in 16 bits. All weights: a tenth of LoRA's, since each

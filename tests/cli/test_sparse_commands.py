@@ -290,7 +290,8 @@ def test_diff_of_weights(regrow: Command, two_of_four: Path, sprout_dir: Path, t
     assert same.code == 0
     assert "the pattern is intact" in same.out
     more = regrow("diff", sprout_dir, two_of_four, "--weights", "--json").json
-    assert (more["intact"], more["lost"], more["same_mask"]) == (True, 0, False)
+    assert (more["intact"], more["lost"], more["same_mask"]) == (None, 0, False)
+    assert "the first has no pattern that could be lost" in regrow("diff", sprout_dir, two_of_four, "--weights").out
     assert (more["share"], more["groups"]) == ([0.0, 0.5], [None, "2:4"])
     broken = tampered(two_of_four, tmp_path / "broken")
     done = regrow("diff", two_of_four, broken, "--weights", "--json")
@@ -390,16 +391,20 @@ def test_recovery_that_moves_zeros(regrow: Command, thin: Path, tale: Path, tmp_
     assert regrow("inspect", out, "--sparse", "--json").json["sparsity"]["mask_intact"] is True
 
 
-def test_a_model_has_nothing_to_learn_from_itself(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
-    """With a teacher the loss is a divergence, so here it begins at 0."""
-    ask = ("recover", thin, "--adapter", "spp", *TRAIN, "--train", tale, "--loss", "forward-kl", "--teacher", thin)
-    done = regrow(*ask, "--out", tmp_path / "taught")
-    assert done.code == 0, done.err
-    report = read_report(tmp_path / "taught")
-    assert abs(report.training[0]["loss"]) < 1e-4
-    assert read(tmp_path / "taught", "regrow.json")["sparsity"] == read(thin, "regrow.json")["sparsity"]
-    recipe = yaml.safe_load((tmp_path / "taught" / "recipe.yaml").read_text(encoding="utf-8"))
-    assert recipe["recover"]["teacher"] == str(thin)
+@pytest.mark.parametrize("named", ["itself", "base"])
+def test_a_model_has_nothing_to_learn_from_itself(
+    regrow: Command, thin: Path, tale: Path, tmp_path: Path, named: str
+) -> None:
+    """Named outright, or by `base` where nothing is known of one. From the dense model there is something to learn."""
+    stranger = tmp_path / "stranger"
+    shutil.copytree(thin, stranger)
+    (stranger / "regrow.json").unlink()
+    teacher = stranger if named == "itself" else "base"
+    ask = ("recover", stranger, "--adapter", "spp", *TRAIN, "--train", tale, "--loss", "forward-kl")
+    done = regrow(*ask, "--teacher", teacher, "--out", tmp_path / "taught")
+    assert done.code == 2
+    assert "which is the model itself: there is nothing to learn from it" in done.err
+    assert not (tmp_path / "taught").exists()
 
 
 def test_the_base_teaches(regrow: Command, thin: Path, short: Path, tale: Path, tmp_path: Path) -> None:

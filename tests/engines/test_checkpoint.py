@@ -20,8 +20,16 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from models import VOCAB, anatomy_of, cut, difference, logits, make, plan, tokenizer
-from regrow.engines import checkpoint
-from regrow.errors import BrokenModel, IdentityError, ModelError, OutputError, QuantisedModel, RegrowError
+from regrow.engines import checkpoint, provenance
+from regrow.errors import (
+    BrokenModel,
+    IdentityError,
+    ModelError,
+    OutputError,
+    QuantisedModel,
+    RegrowError,
+    RegrowWarning,
+)
 
 PROBE = checkpoint.probe(VOCAB)
 
@@ -178,7 +186,7 @@ def test_memory_equals_disk_bit_for_bit(tmp_path: Path, tied: bool, dtype: torch
     computed = logits(model.model, PROBE)
     checkpoint.write(model.model, tokenizer(), tmp_path, dtype, model.holder.code)
     assert {parameter.dtype for parameter in model.model.parameters()} == {dtype}  # no second copy was made
-    assert checkpoint.storage_dtype(tmp_path) == dtype
+    assert checkpoint.check_files(tmp_path) == dtype
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {dtype}
     again, _ = checkpoint.read(tmp_path)
     for (name, ours), (same, theirs) in zip(memory.items(), again.named_parameters(), strict=True):
@@ -202,12 +210,12 @@ def test_finite_and_rounded_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_tokenizer_is_part_of_the_fingerprint(copy: Path) -> None:
-    before = checkpoint.fingerprint(copy)
+    before = provenance.fingerprint(copy)
     (copy / "chat_template.jinja").write_text("{{ messages }}")
-    after = checkpoint.fingerprint(copy)
+    after = provenance.fingerprint(copy)
     assert before != after
     (copy / "README.md").write_text("words for people")
-    assert checkpoint.fingerprint(copy) == after
+    assert provenance.fingerprint(copy) == after
 
 
 def test_a_hub_model_is_looked_at_without_its_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -235,13 +243,29 @@ def test_a_flipped_bit_is_found(good: Path, copy: Path) -> None:
     with pytest.raises(IdentityError, match="reloaded folder") as caught:
         checkpoint.reread(copy, reference, PROBE)
     assert "nothing was written" in caught.value.todo
-    assert checkpoint.fingerprint(good) != checkpoint.fingerprint(copy)
+    assert provenance.fingerprint(good) != provenance.fingerprint(copy)
 
 
 def test_a_cache_that_generates_something_else_is_found(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = logits(make("llama"), PROBE)
     right = checkpoint.cached_logits
     monkeypatch.setattr(checkpoint, "cached_logits", lambda *a: right(*a).roll(1, 1))
+    with pytest.raises(IdentityError, match="generation with and without a cache"):
+        checkpoint.reread(good, reference, PROBE)
+
+
+def test_a_model_that_makes_much_of_a_rounding_is_no_wrong_layout(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs in fp32 alone is rounding; what differs in fp64 too is not."""
+    reference, right = logits(make("llama"), PROBE), checkpoint.cached_logits
+
+    def rough(model: Any, ids: torch.Tensor, steps: int) -> torch.Tensor:
+        return right(model, ids, steps) * (1.01 if model.dtype == torch.float32 else 1)
+
+    monkeypatch.setattr(checkpoint, "cached_logits", rough)
+    again = checkpoint.reread(good, reference, PROBE)
+    assert again.dtype == torch.float32
+    assert torch.equal(logits(again, PROBE), reference)
+    monkeypatch.setattr(checkpoint, "cached_logits", lambda *a: rough(*a).roll(1, 1))
     with pytest.raises(IdentityError, match="generation with and without a cache"):
         checkpoint.reread(good, reference, PROBE)
 
@@ -374,18 +398,80 @@ def test_masks_among_the_weights_are_not_quantisation(copy: Path) -> None:
     checkpoint.read(copy)
 
 
+@pytest.mark.parametrize("said", [{"dtype": "float16"}, {"dtype": None, "torch_dtype": "bfloat16"}, {"dtype": None}])
+def test_what_it_is_stored_in(copy: Path, said: dict[str, Any]) -> None:
+    """The files say, by what most weights are in; the configuration may be wrong."""
+    edit_config(copy, **said)
+    assert checkpoint.check_files(copy) == torch.float32
+    edit_weights(copy, lambda w: w.update({n: t.half() for n, t in w.items() if "norm" not in n}))
+    assert checkpoint.check_files(copy) == torch.float16
+
+
+def test_weights_that_have_no_place_are_said(copy: Path) -> None:
+    """Biases that the configuration denies, say: the model would be another one without a word."""
+    more = {
+        "model.layers.0.self_attn.q_norm.weight": torch.ones(36),
+        "model.layers.9.mlp.up_proj.weight": torch.ones(3),
+    }
+    edit_weights(copy, lambda w: w.update({**more, "model.rotary_emb.inv_freq": torch.ones(3)}))
+    with pytest.warns(RegrowWarning, match="2 weights of the files have no place") as caught:
+        checkpoint.read(copy)
+    assert "model.layers.0.self_attn.q_norm.weight, model.layers.9.mlp.up_proj.weight" in str(caught[0].message)
+
+
 @pytest.mark.parametrize(
-    ("said", "dtype"),
+    ("front", "licence"),
     [
-        ({"dtype": "float16"}, torch.float16),
-        ({"dtype": None, "torch_dtype": "bfloat16"}, torch.bfloat16),
-        ({"dtype": None}, torch.float32),
+        ("license: apache-2.0", "apache-2.0"),
+        ('license: "apache-2.0"', "apache-2.0"),
+        ("license:\n- apache-2.0\n- mit", "apache-2.0, mit"),
+        ("license:\nlanguage: en", "unknown"),
+        ("license: other\nlicense_name: llama3", "llama3"),
+        ("license: [broken", "unknown"),
     ],
 )
-def test_what_it_is_stored_in(copy: Path, said: dict[str, Any], dtype: torch.dtype) -> None:
-    """The configuration says; where it does not, the first weight does."""
-    edit_config(copy, **said)
-    assert checkpoint.storage_dtype(copy) == dtype
+def test_the_licence_of_a_card(copy: Path, front: str, licence: str) -> None:
+    (copy / "README.md").write_bytes(f"---\n{front}\n---\n\xe9 license: mit\n".encode("latin-1"))
+    assert provenance.notes(copy)["licence"] == licence
+
+
+def test_a_model_named_by_a_dot_has_its_folder_s_name(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)
+    assert provenance.notes(Path("."), ".")["id"] == copy.name
+
+
+@pytest.mark.parametrize("file", ["special_tokens_map.json", "added_tokens.json", "x.model", "modeling.py", "x.jinja"])
+def test_what_decides_tokens_is_in_the_fingerprint(copy: Path, file: str) -> None:
+    before = provenance.fingerprint(copy)
+    (copy / file).write_text("{}")
+    assert provenance.fingerprint(copy) != before
+    (copy / "README.md").write_text("words")
+
+
+# ---- what it was made from
+
+
+def made_of(folder: Path, base: Path) -> None:
+    noted = {"base_model": str(base), "base": {"fingerprint": provenance.fingerprint(base)}}
+    (folder / "regrow.json").write_text(json.dumps(noted))
+
+
+def test_the_root_is_what_it_was(copy: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    shutil.copytree(copy, made)
+    assert provenance.root(str(made)) == str(made)
+    made_of(made, copy)
+    assert provenance.root(str(made)) == str(copy)
+    edit_config(copy, rope_theta=3.0)
+    with pytest.raises(ModelError, match="holds another model now"):
+        provenance.root(str(made))
+
+
+def test_a_lasting_name_is_a_path_in_full(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    assert provenance.lasting(copy.name) == provenance.lasting(f"./{copy.name}/") == str(copy.resolve())
+    assert provenance.lasting("demo") == "demo"
+    assert provenance.lasting("owner/name") == "owner/name"
 
 
 # ---- names
@@ -411,14 +497,14 @@ def test_a_name_that_leads_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_notes(copy: Path) -> None:
-    assert checkpoint.notes(copy) == {"id": "model", "licence": "unknown", "note": ""}
+    assert provenance.notes(copy) == {"id": "model", "licence": "unknown", "note": ""}
     (copy / "README.md").write_text("---\nlicense: mit\n---\n")
-    assert checkpoint.notes(copy, "someone/thing") == {"id": "someone/thing", "licence": "mit", "note": ""}
-    (copy / checkpoint.NOTES).write_text('{"id": "mine", "note": "rounded"}')
-    assert checkpoint.notes(copy) == {"id": "mine", "licence": "mit", "note": "rounded"}
-    (copy / checkpoint.NOTES).write_text("{")
+    assert provenance.notes(copy, "someone/thing") == {"id": "someone/thing", "licence": "mit", "note": ""}
+    (copy / provenance.NOTES).write_text('{"id": "mine", "note": "rounded"}')
+    assert provenance.notes(copy) == {"id": "mine", "licence": "mit", "note": "rounded"}
+    (copy / provenance.NOTES).write_text("{")
     with pytest.raises(BrokenModel, match=r"regrow\.json"):
-        checkpoint.notes(copy)
+        provenance.notes(copy)
 
 
 def test_the_probe_is_the_same_every_time() -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from training import Stop, patterns, pull_plug, same, settings, tiny, weights
+from training import VOCAB, Stop, patterns, pull_plug, same, settings, tiny, weights
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import ids, make
 from regrow.artifacts.mask import lowest
@@ -349,6 +350,21 @@ def test_other_optimisers_are_left_alone() -> None:
         step(other, optimizer)
         step(other, optimizer)
         assert all(torch.equal(mask.empty, empty[name]) for name, (_, mask) in seen(model).items())
+
+
+def test_a_tied_weight_is_masked_wherever_it_is_read() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**{**tiny().config.to_dict(), "tie_word_embeddings": True})).eval()
+    name = "model.embed_tokens.weight"
+    empty = {name: torch.rand(VOCAB, 32, generator=torch.Generator().manual_seed(0)) < 0.5}
+    with moving(model, empty, 6):
+        original = model.model.embed_tokens.parametrizations.weight.original
+        with torch.no_grad():
+            original.fill_(1.0)
+        for module in (model.model.embed_tokens, model.lm_head):
+            assert torch.equal(module.weight == 0, empty[name])
+        assert sum(p is original for p in model.parameters()) == 1
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight == 0, empty[name])
 
 
 def test_stacked_experts() -> None:

@@ -5,6 +5,7 @@ Formulas are held against plain autograd of y = W x + b + s (A beta W) x, files 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -653,6 +654,18 @@ def test_loading_on_a_merged_model_is_no_other_mask(tmp_path: Path) -> None:
     adapted = trained(sparse(), spread=0.5)
     adapted.save_pretrained(tmp_path)
     PeftModel.from_pretrained(adapted.merge_and_unload(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_another_type_flushes_is_no_other_mask(tmp_path: Path, dtype: torch.dtype) -> None:
+    """fp16 makes zeros of weights that bf16 holds."""
+    base = sparse().to(torch.bfloat16)
+    with torch.no_grad():
+        for kept, tiny in enumerate((1e-8, 3e-8, 5e-8, 7e-8, 9e-8, 1.2e-7)):
+            row = base.model.layers[1].self_attn.q_proj.weight[kept]
+            row[(row != 0).nonzero()[0]] = tiny
+    trained(copy.deepcopy(base), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base.to(dtype), tmp_path)
 
 
 # --- settings

@@ -33,6 +33,21 @@ def test_they_go_first(name: str, pattern: str, scale: float) -> None:
     assert bool(found.gone[:, DEAD].all())
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize("share", ["10%", "30%", "50%"])
+def test_they_do_not_return(share: str, power: float) -> None:
+    """DSnoT, once what is of use has returned."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 128, generator=source, dtype=torch.float64) + 0.5
+    x[:, DEAD] = 0
+    w = torch.randn(64, 128, generator=source, dtype=torch.float64)
+    seen = Inputs(x.square().sum(0), x.sum(0), x.var(0, correction=0))
+    task = task_of(w, seen, None, WEIGHT_CRITERIA.get("wanda"), Pattern.parse(share))
+    found = SOLVERS.get("dsnot").solve(task, Lowest(task), power=power)
+    assert bool(found.gone[:, DEAD].all())
+    assert torch.equal(found.gone.sum(1), Lowest(task).gone.sum(1))
+
+
 def test_constant_inputs_are_no_place_to_stop_counting() -> None:
     """DSnoT: their variance is 0, so they would explain everything; every row keeps its count all the same."""
     for seed in range(60):

@@ -173,6 +173,13 @@ def test_many_layers_of_many_sizes_are_soon_rounded(monkeypatch: pytest.MonkeyPa
     assert abs(sum(w * (p.keep - 4) for w, p in zip(weights, found, strict=True))) < min(weights) / 20
 
 
+def test_no_layer_has_weights() -> None:
+    """Everything inside is left dense, and the embedding alone becomes sparse."""
+    for name in NAMES:
+        for pattern in ("50%", "4:8"):
+            assert shared(ZERO_SPREADS.get(name), pattern, [0.0, 0.0], [0, 0]) == [Pattern.parse(pattern)] * 2
+
+
 def test_a_layer_without_weights_has_no_say() -> None:
     for name in NAMES:
         spread = ZERO_SPREADS.get(name)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import costs, count
-from regrow.engines import checkpoint
+from regrow.engines import checkpoint, provenance
 from regrow.engines.bind import Subject
 from regrow.engines.gates import from_plan, gated
 from regrow.engines.texts import documents
@@ -53,7 +53,7 @@ def test_load_reads_model_tokenizer_and_what_is_known(subject: Subject, sprout_d
     assert subject.source["id"] == "sprout"
     assert subject.source["licence"] == "apache-2.0"
     assert subject.source["asked"] == subject.source["path"] == str(sprout_dir)
-    assert subject.source["fingerprint"] == checkpoint.fingerprint(sprout_dir)
+    assert subject.source["fingerprint"] == provenance.fingerprint(sprout_dir)
     assert len(subject.tokenizer) == subject.anatomy.sizes["V"]
     assert count(subject.anatomy, subject.anatomy.dense) == sum(p.numel() for p in subject.model.parameters())
     half, _, _ = read_model(str(sprout_dir), dtype="bf16", device="cpu")

@@ -22,7 +22,7 @@ from regrow.engines.bind import Subject
 from regrow.engines.hetero import Holder
 from regrow.engines.sparsify import task_of
 from regrow.engines.zeros import of_model, prunable
-from regrow.errors import IdentityError, SettingsError
+from regrow.errors import BrokenModel, IdentityError, SettingsError
 from regrow.settings import Sparsify
 from regrow.stages import sparsify
 from regrow.stages.export import export
@@ -186,6 +186,44 @@ def test_zeros_that_rounding_makes_in_a_model_of_16_bits(sprout: Subject, monkey
     weights = sum(matrix.weights for matrix in found.matrices)
     assert sum(matrix.zeros for matrix in found.matrices) * 2 == weights
     assert found.notes == (f"{weights // 2:,} kept weights are too small for float16: zero too",)
+
+
+def test_the_embedding_alone(sprout: Subject) -> None:
+    """In a run of its own, then with zeros elsewhere: no rounding is blamed for zeros that were there or were asked."""
+    ends = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    asked = Sparsify(pattern="50%", criterion="magnitude", also=("embed_tokens",), leave=ends)
+    found = sparsify.apply(sprout, asked, None, seed=0)
+    assert [matrix.name for matrix in found.matrices] == ["model.embed_tokens"]
+    assert not found.notes
+    more = Sparsify(pattern="50%", criterion="magnitude", existing="keep")
+    assert not sparsify.apply(sprout, more, None, seed=0).notes
+
+
+def test_few_zeros_in_the_embedding_are_no_negative_rounding(sprout: Subject) -> None:
+    asked = Sparsify(pattern="3%", criterion="magnitude", also=("embed_tokens",))
+    assert not sparsify.apply(sprout, asked, None, seed=0).notes
+
+
+def test_weights_that_are_no_numbers_are_not_written(sprout: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(task: Linear, start: Sparse) -> Sparse:
+        return Sparse(task.weight / 0, start.gone)
+
+    update = replace(SOLVERS.get("update"), solve=lost, options={})
+    monkeypatch.setattr(sparsify, "_named", lambda _: (SPARSEGPT, (update,)))
+    text = torch.randint(3, 2000, (2, 32), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(BrokenModel, match=r"update found no finite weights for model\.layers\.0\.self_attn\.q_proj"):
+        sparsify.apply(sprout, Sparsify(pattern="2:4", criterion="lost"), text, seed=0)
+
+
+def test_a_penalty_of_nothing() -> None:
+    with pytest.raises(SettingsError, match=r"alps with penalty = 0\.0"):
+        answer("alps", penalty=0.0)
+
+
+@pytest.mark.parametrize("option", [{"steps": -3}, {"tolerance": -0.1}, {"tolerance": math.inf}])
+def test_options_below_zero(option: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="0 or more"):
+        sparsify.choose(Sparsify(criterion="refit", options=option))
 
 
 # ---- what is on disk

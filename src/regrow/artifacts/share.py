@@ -45,6 +45,8 @@ def share(pattern: Pattern, measures: Sequence[float], weights: Sequence[int], s
     dense or empty, unless that was asked. A layer without weights has no say and gets `pattern`.
     """
     filled = [i for i, weight in enumerate(weights) if weight]
+    if not filled:
+        return [pattern] * len(weights)
     sizes = [weights[i] for i in filled]
     offsets = spread.offsets([measures[i] for i in filled])
     if pattern.of:

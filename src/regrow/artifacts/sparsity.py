@@ -64,7 +64,8 @@ class Sparsity:
 
     @property
     def sparse(self) -> bool:
-        return self.share >= SPARSE
+        """Whether any matrix is; one is enough to be lost."""
+        return any(matrix.zeros >= SPARSE * matrix.weights for matrix in self.matrices)
 
     @property
     def groups(self) -> str | None:

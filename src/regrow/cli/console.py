@@ -97,13 +97,14 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout, as wide as it needs to be."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    sheet = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    sheet = Table(title=escape(title) or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for index, name in enumerate(columns):
         sheet.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        sheet.add_row(*row)
+        sheet.add_row(*map(escape, row))
     wide = sys.stdout.isatty()
     Console(width=None if wide else 140, highlight=False).print(sheet)
 

@@ -37,7 +37,8 @@ def diff(
             console.emit(data)
         elif not quiet:
             console.table("", columns, rows)
-            print("the pattern is intact" if data["intact"] else f"{data['lost']:,} zeros were lost")
+            said = {True: "the pattern is intact", False: f"{data['lost']:,} zeros were lost"}
+            print(said.get(data["intact"], "the first has no pattern that could be lost: it is dense"))
         return
     first, second = (read(p / "report.json" if p.is_dir() else p) for p in (one, other))
     if ("layers" in first) != ("layers" in second):
@@ -99,7 +100,7 @@ def checkpoints(one: Path, other: Path) -> tuple[list[list[str]], list[str], dic
     sides = [of_folder(folder, names) for folder in (one, other)]
     rows = [[name, f"{count:,}"] for name, count in found.items()]
     data = {
-        "intact": not found,
+        "intact": not found if sides[0].sparse else None,
         "lost": sum(found.values()),
         "lost_by_matrix": found,
         "same_mask": sides[0].mask_hash == sides[1].mask_hash,

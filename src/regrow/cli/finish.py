@@ -19,6 +19,7 @@ def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
     """Walk the road, print the table and where things are."""
     from regrow.run import run
 
+    out = out.expanduser()
     with console.progress(quiet) as say:
         report = run(recipe, out, page=pages, progress=say)
     if not quiet:

@@ -26,7 +26,8 @@ def inspect(
     console.hush()
     from regrow.artifacts.shape import costs
     from regrow.engines.bind import bind_any
-    from regrow.engines.checkpoint import locate, notes, read_config
+    from regrow.engines.checkpoint import locate, read_config
+    from regrow.engines.provenance import notes
 
     folder = locate(model, weights=sparse)
     config = read_config(folder, trust_remote_code=trust_remote_code)
@@ -76,7 +77,7 @@ def zeros_of(folder: Path, anatomy: Anatomy, notes: dict[str, Any]) -> dict[str,
     from regrow.engines.checkpoint import check_files
     from regrow.engines.zeros import names_in, of_folder, semi_structured
 
-    check_files(folder)
+    stored = check_files(folder).itemsize
     found = of_folder(folder, names_in(folder, anatomy))
     recorded = notes.get("sparsity", {})
     kept: bool | None = None
@@ -88,8 +89,8 @@ def zeros_of(folder: Path, anatomy: Anatomy, notes: dict[str, Any]) -> dict[str,
         **found.to_json(),
         "pattern": None if asked is None else str(Pattern.parse(asked)),
         "mask_intact": kept,  # None: nothing was recorded
-        "bitmask_bytes": found.bitmask_bytes(anatomy.store_bytes),
-        "dense_bytes": found.weights * anatomy.store_bytes,
+        "bitmask_bytes": found.bitmask_bytes(stored),
+        "dense_bytes": found.weights * stored,
         "semi_structured": {"fits": len(found.matrices) - len(unfit), "of": len(found.matrices), "why_not": unfit},
     }
 

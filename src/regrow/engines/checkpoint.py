@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import gc
-import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +32,11 @@ from regrow.engines import hetero
 from regrow.engines.demo import demo_model
 from regrow.engines.room import give_back
 from regrow.engines.tokens import check_vocabulary
-from regrow.errors import BrokenModel, IdentityError, ModelError, OutputError, QuantisedModel
+from regrow.errors import BrokenModel, IdentityError, ModelError, OutputError, QuantisedModel, RegrowWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-NOTES = "regrow.json"  # what regrow knows of a folder: id, licence, note on the checkpoint, base model
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits, relative to their largest, that rounding in a type may make."""
 _SMALL = ["*.json", "*.py", "*.jinja", "*.txt", "*.model", "README.md"]  # all but the weights of a hub model
@@ -69,36 +68,7 @@ def locate(model: str, *, weights: bool = True) -> Path:
         ) from error
 
 
-def root(model: str) -> str:
-    """What `model` was made from, through every folder of regrow on the way; itself when regrow did not make it."""
-    seen: list[str] = []
-    while model not in seen:
-        seen.append(model)
-        path = locate(model, weights=False) / NOTES
-        model = _json(path).get("base_model", model) if path.exists() else model
-    return model
-
-
-def fingerprint(folder: Path) -> str:
-    """16 hex digits over every file that decides what the model says: weights, configurations, tokenizer, template."""
-    digest = hashlib.sha256()
-    kinds = ("config.json", "generation_config.json", "*.safetensors", "tokenizer*", "*.jinja", "vocab*", "merges*")
-    for path in sorted({path for kind in kinds for path in folder.glob(kind)}):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def notes(folder: Path, asked: str = "") -> dict[str, Any]:
-    """What is known of a model: id (what was asked for, when that is a hub id), licence, a note on the checkpoint."""
-    path, card = folder / NOTES, folder / "README.md"
-    found = _json(path) if path.exists() else {}
-    licence = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.exists() else None
-    name = folder.name if not asked or Path(asked).expanduser().is_dir() else asked
-    return {"id": name, "licence": licence[1] if licence else "unknown", "note": "", **found}
-
-
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, OSError) as error:
@@ -111,7 +81,7 @@ def _brief(error: Exception) -> str:
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration. Raises `QuantisedModel` for weights that are not plain floating point."""
-    data = _json(folder / "config.json")
+    data = read_json(folder / "config.json")
     try:
         if str(data.get("model_type", "")).startswith(hetero.PREFIX):
             config = hetero.config_class(data["model_type"]).from_pretrained(folder)
@@ -133,16 +103,17 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     return cast("PreTrainedConfig", config)
 
 
+MASKS = (".attention.bias", ".attn.bias", ".masked_bias")  # causal masks that old folders store as weights
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def check_files(folder: Path) -> torch.dtype:
-    """Open every weight file and return the type the first weight is stored in; masks and counters may be integers.
+    """Open every weight file and return the type that most weights are stored in; masks and counters may be integers.
 
     Raises `BrokenModel` naming a truncated, corrupt or missing file, `QuantisedModel` for weights in anything else.
     """
     index = folder / "model.safetensors.index.json"
-    wanted = set(_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    wanted = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
     found: list[str] = []
     for name in sorted(wanted):
         try:
@@ -161,7 +132,7 @@ def check_files(folder: Path) -> torch.dtype:
                 "cut the model it was quantised from, then quantise the result",
             )
         found += kinds
-    return FLOATS[found[0]] if found else torch.float32
+    return FLOATS[Counter(found).most_common(1)[0][0]] if found else torch.float32
 
 
 def read(
@@ -189,6 +160,11 @@ def read(
                 "every weight of the model, in the shape config.json says",
                 "download or write the model again",
             )
+    odd = [key for key in info["unexpected_keys"] if key.endswith((".weight", ".bias"))]
+    unused = sorted(key for key in odd if not key.endswith(MASKS))
+    if unused:
+        said = f"{folder}: {len(unused)} weights of the files have no place in the model that config.json describes"
+        warnings.warn(f"{said}, and are left out: {', '.join(unused[:3])}", RegrowWarning, stacklevel=2)
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
             raise BrokenModel(f"{name} holds NaN or infinite weights", "finite weights", "use another checkpoint")
@@ -220,13 +196,6 @@ def _finite(weights: Tensor) -> bool:
 def _pieces(weights: Tensor) -> Sequence[Tensor]:
     """Views of a few rows each."""
     return torch.split(weights, max(1, _PIECE * len(weights) // max(1, weights.numel())))
-
-
-def storage_dtype(folder: Path) -> torch.dtype:
-    """What the checkpoint is stored in, and so what a cut of it is stored in."""
-    data = _json(folder / "config.json")
-    said = getattr(torch, str(data.get("dtype") or data.get("torch_dtype")), None)
-    return said if isinstance(said, torch.dtype) else check_files(folder)
 
 
 @torch.no_grad()
@@ -352,8 +321,15 @@ def reread(
     give_back()
     model, _ = read(folder, device=device, dtype=dtype)
     check_equal("the reloaded folder and the model in memory", reference, logits(model, ids), dtype)
-    cached = cached_logits(model, ids, 8)
-    check_equal("generation with and without a cache", reference[:, -8:], cached, dtype, CACHE_SLACK)
+    what, steps = "generation with and without a cache", 8
+    try:
+        check_equal(what, reference[:, -steps:], cached_logits(model, ids, steps), dtype, CACHE_SLACK)
+    except IdentityError:
+        if dtype != torch.float32 or model.device.type == "mps":  # has no fp64
+            raise
+        model.double()  # some models make a thousand times more of a rounding; a wrong layout is as wrong here
+        check_equal(what, logits(model, ids)[:, -steps:], cached_logits(model, ids, steps), dtype, CACHE_SLACK)
+        model.float()
     return model
 
 

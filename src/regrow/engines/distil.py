@@ -7,7 +7,7 @@ another one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ PROBES = (
     "👩\u200d🚀 🎉🇩🇪",
 )
 """Texts that tokenizers of one vocabulary may still cut in different places: scripts, white space, digits, emoji."""
+
+
+class Teacher(NamedTuple):
+    """What a student learns from, and what is known of it."""
+
+    model: Any
+    tokenizer: Any
+    source: dict[str, Any]
 
 
 def needed_head(model: Any, who: str) -> Head:

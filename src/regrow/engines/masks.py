@@ -14,19 +14,16 @@ from torch import Tensor
 
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.sparsity import SPARSE
-from regrow.engines.zeros import counted
+from regrow.engines.zeros import left
 from regrow.errors import IdentityError
 
 Masks = Mapping[str, Tensor]  # by name of the weight, True where it is zero
 
 
 def masks_of(model: Any, anatomy: Anatomy) -> Masks | None:
-    """Where the weights whose zeros count are zero; None for a model that is not sparse."""
-    parameters = dict(model.named_parameters())
-    found = {name: parameters[name].detach() == 0 for name in counted(parameters.__getitem__, anatomy)}
-    total = sum(mask.numel() for mask in found.values())
-    zeros = sum(int(mask.sum()) for mask in found.values())
-    return found if zeros >= SPARSE * total else None
+    """Where the weights whose zeros count are zero; None for a model of which no matrix is sparse."""
+    found = {name: weight.detach() == 0 for name, weight in left(model, anatomy).items()}
+    return found if any(int(mask.sum()) >= SPARSE * mask.numel() for mask in found.values()) else None
 
 
 @contextmanager

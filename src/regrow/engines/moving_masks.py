@@ -101,13 +101,17 @@ def moving(model: Any, empty: Masks, steps: int, *, decay: float = DECAY, every:
 
     The steps are those that the optimiser has counted, which come back with a checkpoint as the masks do.
     """
-    names = [name for name, mask in empty.items() if bool(mask.any())]
-    parts = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-    found: list[tuple[Tensor, Mask]] = []
-    for (module, part), name in zip(parts, names, strict=True):
-        mask = Mask(empty[name])
+    parameters = dict(model.named_parameters())
+    wanted = {id(parameters[name]): Mask(mask) for name, mask in empty.items() if bool(mask.any())}
+    places = [  # a tied weight has several
+        (module, part, wanted[id(weight)])
+        for module in model.modules()
+        for part, weight in module.named_parameters(recurse=False)
+        if id(weight) in wanted
+    ]
+    for module, part, mask in places:
         register_parametrization(module, part, mask)
-        found.append((module.parametrizations[part].original, mask))
+    found = list({id(mask): (module.parametrizations[part].original, mask) for module, part, mask in places}.values())
 
     def done(optimizer: Optimizer) -> int:
         """0 in the first step, and for optimisers of other models."""
@@ -131,7 +135,7 @@ def moving(model: Any, empty: Masks, steps: int, *, decay: float = DECAY, every:
     finally:
         for handle in handles:
             handle.remove()
-        for module, part in parts:
+        for module, part, _ in places:
             remove_parametrizations(module, part)
 
 

@@ -7,6 +7,7 @@ What this gives up: errors that only show behind a later block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from regrow.engines.readings import Readings
 from regrow.engines.removal import layer_arguments, run_layer
 from regrow.engines.room import give_back
 from regrow.engines.walk import check_finite
+from regrow.errors import BrokenModel
 
 Progress = Callable[[int, int], None]  # (blocks done, blocks in all)
 
@@ -250,6 +252,12 @@ def _prune(
     for solver, options in method.solvers:
         answer = solver.solve(task, answer, **options)
     error = None if curvature is None else _error(task.weight, answer.weight, curvature)
+    if error is not None and not math.isfinite(error):
+        raise BrokenModel(
+            f"{', '.join(solver.name for solver, _ in method.solvers)} found no finite weights for {matrix.name}",
+            "options near their defaults, and inputs that are not all the same",
+            "leave the solver's options out, raise damping, or give more calibration text",
+        )
     weight.copy_(answer.weight)
     gone = answer.gone if empty is None else answer.gone | empty
     weight.mul_(~gone).add_(0.0)  # never -0; filling would branch at every entry

@@ -37,6 +37,7 @@ def _enlist(name: str) -> Any:
 
 
 SPP: Any = _enlist("SPP")
+TINY = 1.5 * 2.0**-24  # between the two smallest numbers of fp16: types that hold fewer round to either side alike
 
 
 @dataclass
@@ -159,12 +160,12 @@ def withdraw(model: nn.Module, adapter: str) -> None:
 
 
 def mask_hash(model: nn.Module, adapter: str) -> str:
-    """16 hex digits of where the weights under an adapter are zero."""
+    """16 hex digits of where the weights under an adapter are zero, or too small for any 16-bit type."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         if isinstance(module, SppLayer) and adapter in module.r:
             for part in module.parts:
-                digest.update(name.encode() + (module.original(part) == 0).cpu().numpy().tobytes())
+                digest.update(name.encode() + (module.original(part).abs() < TINY).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

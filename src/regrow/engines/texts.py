@@ -225,6 +225,8 @@ def _documents(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterat
                     "rows of one kind in a file",
                     "split the file",
                 )
+            if found == "text" and row.get("text", "") is None:
+                continue
             if found == "text":
                 yield Document(path.stem, _text(path, where, row))
             else:

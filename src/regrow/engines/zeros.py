@@ -90,9 +90,14 @@ def packed(mask: Tensor) -> bytes:
 
 
 def of_model(model: Any, anatomy: Anatomy) -> Sparsity:
-    """The zeros of a model in memory."""
+    """The zeros of a model in memory, of what a cut has left of its anatomy."""
+    return census((name, weight.detach()) for name, weight in left(model, anatomy).items())
+
+
+def left(model: Any, anatomy: Anatomy) -> dict[str, Tensor]:
+    """The weights whose zeros count, by name; layers that were removed have none."""
     parameters = dict(model.named_parameters())
-    return census((name, parameters[name].detach()) for name in counted(parameters.__getitem__, anatomy))
+    return {name: parameters[name] for name in counted(parameters.get, anatomy) if name in parameters}
 
 
 def of_folder(folder: Path, names: list[str]) -> Sparsity:

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 _HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
-_PATH = re.compile(r"(?:/|~|\.\.[\\/]|[A-Za-z]:\\).*")  # what says something on one machine alone
-_MODELS = ("id", "asked", "model", "base_model")  # entries of a record that name a model
+_PATH = re.compile(r"(?:/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\|file:).*")  # what says something on one machine alone
+_MODELS = ("id", "asked", "model", "base_model", "teacher")  # entries of a record that name a model
 
 
 def hub_id(model: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ import torch
 
 from regrow.artifacts.least_squares import conjugate_gradients
 from regrow.artifacts.linear import Linear, Sparse, solver
+from regrow.errors import SettingsError
 
 EVERY = 3  # steps between two looks at the mask
 EARLY, SETTLED = 30, 3e-4  # after so many steps, stop when no more than this share of the mask moved
@@ -22,6 +23,8 @@ def alps(
 ) -> Sparse:
     """ADMM on mask and weights at once, then conjugate gradients; `hold` keeps the mask and leaves the second part."""
     assert task.curvature is not None
+    if penalty <= 0:
+        raise SettingsError(f"alps with penalty = {penalty}", "a number above 0", "leave it out; 0.1 is usual")
     if hold:
         return conjugate_gradients(task.weight, start, task.curvature.gram, steps=polish, tolerance=1e-4)
     scale, values, vectors = task.curvature.spectrum  # (n,), (n,), (n, n)

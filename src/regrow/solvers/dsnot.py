@@ -17,12 +17,13 @@ def dsnot(task: Linear, start: Sparse, cycles: int = 50, threshold: float = 0.1,
     assert task.inputs is not None
     share = task.weight * task.inputs.sums  # (m, n) what each weight adds to the mean output of a sequence
     limits = torch.finfo(share.dtype)
-    worth = share / task.inputs.variance.clamp_min(limits.tiny).pow(power)
+    worth = share / task.inputs.variance.pow(power).clamp_min(limits.tiny)
     worth = worth.clamp(limits.min, limits.max)  # of a constant input too, apart from what is not allowed
     wanda = task.weight.abs() * task.inputs.squares.sqrt()  # whatever chose the start
     gone, rows = start.gone.clone(), torch.arange(len(share), device=share.device)
     error = (share * gone).sum(1)  # (m,) mean output that is missing
-    away = start.gone if task.empty is None else start.gone & ~task.empty  # (m, n) what may return
+    away = start.gone & (task.inputs.squares > 0)  # (m, n) what may return: not the weights of inputs always zero
+    away = away if task.empty is None else away & ~task.empty
     grow, most = _orders(worth, away), away.sum(1)  # (m, n) from one end for an error above zero, else from the other
     signed = torch.stack([share < 0, share > 0]) & ~start.gone  # (2, m, n) what lowers an error above, raises one below
     prune = _orders(-wanda.expand(2, -1, -1), signed)

@@ -159,6 +159,9 @@ def write_samples(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[
             messages = [{"role": "user", "content": prompt}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids.to(model.device)
+        if not ids.shape[1]:
+            found.append("")
+            continue
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         mask = torch.ones_like(ids)
         out = model.generate(

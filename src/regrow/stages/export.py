@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.engines import checkpoint
+from regrow.engines import checkpoint, provenance
 from regrow.engines.bind import Subject
 from regrow.engines.hetero import Holder
 from regrow.engines.zeros import of_model
@@ -28,7 +28,7 @@ def export(subject: Subject, holder: Holder, out: Path, files: Mapping[str, str]
     device, dtype = str(subject.model.device), subject.model.dtype
     with checkpoint.staged(out) as folder:
         checkpoint.write(subject.model, subject.tokenizer, folder, subject.store, holder.code)
-        (folder / checkpoint.NOTES).write_text(json.dumps(dict(base), indent=1), encoding="utf-8")
+        (folder / provenance.NOTES).write_text(json.dumps(dict(base), indent=1), encoding="utf-8")
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
         del subject.model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regrow.engines import checkpoint
+from regrow.engines import checkpoint, provenance
 from regrow.engines.bind import Subject, bind
 from regrow.engines.hetero import PREFIX
 from regrow.errors import SettingsError, UnsupportedModel
@@ -36,7 +36,7 @@ def load(model: str, *, dtype: str = "fp32", device: str = "auto", trust_remote_
         )
     anatomy = bind(config)
     loaded, tokenizer, source = read_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    store = min(checkpoint.storage_dtype(folder), as_dtype(dtype), key=lambda kind: kind.itemsize)
+    store = min(checkpoint.check_files(folder), as_dtype(dtype), key=lambda kind: kind.itemsize)
     return Subject(loaded, tokenizer, replace(anatomy, store_bytes=store.itemsize), source, store)
 
 
@@ -48,7 +48,7 @@ def read_model(
     loaded, tokenizer = checkpoint.read(
         folder, dtype=as_dtype(dtype), device=pick_device(device), trust_remote_code=trust_remote_code
     )
-    source = {**checkpoint.notes(folder, model), "path": str(folder), "fingerprint": checkpoint.fingerprint(folder)}
+    source = {**provenance.notes(folder, model), "path": str(folder), "fingerprint": provenance.fingerprint(folder)}
     return loaded, tokenizer, source if model == "demo" else {**source, "asked": model}
 
 

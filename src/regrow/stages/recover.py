@@ -18,7 +18,7 @@ from regrow.artifacts.goal import DIVERGENCES
 from regrow.engines import checkpoint, masks, moving_masks
 from regrow.engines.adapters import add_adapters, merge, moved
 from regrow.engines.bind import Subject
-from regrow.engines.distil import FromTeacher, check_teacher
+from regrow.engines.distil import FromTeacher, Teacher, check_teacher
 from regrow.engines.packed import Packed, as_packed
 from regrow.engines.train import Loss, TrainResult, next_token, train
 from regrow.engines.train_settings import TrainSettings
@@ -46,7 +46,7 @@ def recover(
     *,
     folder: Path,
     seed: int,
-    teacher: Subject | None = None,
+    teacher: Teacher | Subject | None = None,
     heldout: Tensor | Packed | None = None,
     progress: Progress | None = None,
 ) -> Recovered:

@@ -5,6 +5,8 @@ What this gives up: speed and size; zeros in a dense checkpoint cost what other 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,10 +132,10 @@ def _check_values(solver: Solver, options: Mapping[str, Any]) -> None:
         kind = type(default)
         value = options.get(name, default)
         wanted = (int, float) if kind is float else (kind,)
-        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
+        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or not 0 <= value < math.inf:
             raise SettingsError(
                 f"option {name}={value!r} of solver {solver.name!r}",
-                {bool: "true or false", int: "a whole number"}.get(kind, "a number"),
+                {bool: "true or false", int: "a whole number, 0 or more"}.get(kind, "a number, 0 or more"),
                 "correct the value",
             )
 
@@ -234,8 +236,10 @@ def apply(
     checkpoint.round_to(subject.model, subject.store)
     found = zeros.of_model(subject.model, subject.anatomy)
     notes = [f"{m.name}: {m.note}" for m in done if m.note]
-    dense = sum(m.zeros for m in found.matrices if named(m.name.removesuffix(".weight"), settings.leave))
-    vanished = found.zeros - dense - sum(m.zeros for m in done)
+    asked_for = {re.sub(r"\[\d+\]$", "", m.name) for m in done}
+    stored = {m.name.removesuffix(".weight"): m.zeros for m in found.matrices}
+    made = sum(m.zeros for m in done if re.sub(r"\[\d+\]$", "", m.name) in stored)
+    vanished = sum(zeros for name, zeros in stored.items() if name in asked_for) - made
     if vanished:
         notes.append(
             f"{vanished:,} kept weights are too small for {str(subject.store).removeprefix('torch.')}: zero too"
@@ -257,7 +261,7 @@ def spread(
     how = ZERO_SPREADS.get(settings.spread)
     sizes = layer_sizes(subject, settings)
     say = None if progress is None else lambda done, total: progress(f"spread {how.name}", done, total)
-    if how.sees == "nothing":
+    if how.sees == "nothing" or not any(sizes):
         values = [0.0] * len(sizes)
     elif how.sees == "trace":
         assert blocks is not None
