@@ -514,6 +514,27 @@ def test_zeros_and_their_recovery_at_the_python_door(sprout_dir: Path, tmp_path:
         regrow.sparsify(str(sprout_dir), tmp_path / "other", patern="2:4")
 
 
+def test_home_is_home_at_every_door(sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the tilde of `--out=~/x` alone."""
+    import regrow
+    from regrow.cli.finish import finish
+
+    class Seen(Exception):
+        pass
+
+    def run(_: Recipe, out: Path, **__: Any) -> None:
+        raise Seen(str(out))
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("regrow.door.run", run)
+    monkeypatch.setattr("regrow.run.run", run)
+    for door in (regrow.prune, regrow.sparsify, regrow.recover):
+        with pytest.raises(Seen, match=str(tmp_path / "x")):
+            door(str(sprout_dir), "~/x")
+    with pytest.raises(Seen, match=str(tmp_path / "x")):
+        finish(parse({}), Path("~/x"), as_json=False, quiet=True)
+
+
 def test_none_at_the_python_door_is_a_recipe_s_null(
     sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,13 @@ def test_jsonl_takes_the_only_field_of_text(tmp_path: Path) -> None:
     assert [d.text for d in documents(str(path), None)] == ["first\u2028line", "second"]
 
 
+def test_a_row_without_text_is_no_document(tmp_path: Path) -> None:
+    """And its address is not one either."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": null, "url": "https://example.org/a"}\n{"text": "words", "url": "b"}\n')
+    assert [document.text for document in documents(str(path), None)] == ["words"]
+
+
 def test_parquet_takes_the_column_text(tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet

@@ -199,6 +199,7 @@ def test_samples_go_through_the_chat_template_when_they_ask(subject: Subject, mo
     first = write_samples(model, subject.tokenizer, ("Once upon", "Why is that?"))
     assert seen == ["Once upon", "user: Why is that?<|end|>assistant: "]
     assert first == write_samples(model, subject.tokenizer, ("Once upon", "Why is that?"))
+    assert write_samples(model, subject.tokenizer, ("",)) == [""]  # nothing to go on from
     assert all("Once upon" not in text for text in first)
 
 

@@ -13,6 +13,11 @@ SPARSE = 0.05  # from this share of zeros on a model counts as sparse
 GROUPS = (4, 8, 16, 32)  # sizes of groups that are looked for
 
 
+def is_sparse(zeros: int, weights: int) -> bool:
+    """Whether so many zeros are a matrix's pattern."""
+    return SPARSE * weights <= zeros < weights
+
+
 @dataclass(frozen=True, slots=True)
 class Zeros:
     """One weight matrix, or the stack of an expert layer."""
@@ -64,8 +69,8 @@ class Sparsity:
 
     @property
     def sparse(self) -> bool:
-        """Whether any matrix is; one is enough to be lost."""
-        return any(matrix.zeros >= SPARSE * matrix.weights for matrix in self.matrices)
+        """Whether any matrix is; one is enough to be lost. One that is nothing but zero was never trained."""
+        return any(is_sparse(matrix.zeros, matrix.weights) for matrix in self.matrices)
 
     @property
     def groups(self) -> str | None:

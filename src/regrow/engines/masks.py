@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regrow.artifacts.shape import Anatomy
-from regrow.artifacts.sparsity import SPARSE
+from regrow.artifacts.sparsity import is_sparse
 from regrow.engines.zeros import left
 from regrow.errors import IdentityError
 
@@ -23,7 +23,7 @@ Masks = Mapping[str, Tensor]  # by name of the weight, True where it is zero
 def masks_of(model: Any, anatomy: Anatomy) -> Masks | None:
     """Where the weights whose zeros count are zero; None for a model of which no matrix is sparse."""
     found = {name: weight.detach() == 0 for name, weight in left(model, anatomy).items()}
-    return found if any(int(mask.sum()) >= SPARSE * mask.numel() for mask in found.values()) else None
+    return found if any(is_sparse(int(mask.sum()), mask.numel()) for mask in found.values()) else None
 
 
 @contextmanager

@@ -7,7 +7,6 @@ What this gives up: errors that only show behind a later block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -252,7 +251,7 @@ def _prune(
     for solver, options in method.solvers:
         answer = solver.solve(task, answer, **options)
     error = None if curvature is None else _error(task.weight, answer.weight, curvature)
-    if error is not None and not math.isfinite(error):
+    if curvature is not None and not bool(answer.weight.isfinite().all()):
         raise BrokenModel(
             f"{', '.join(solver.name for solver, _ in method.solvers)} found no finite weights for {matrix.name}",
             "options near their defaults, and inputs that are not all the same",
