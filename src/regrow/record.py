@@ -19,6 +19,7 @@ from regrow.settings import Recipe
 
 
 def origin_of(subject: Subject, held: Holder) -> dict[str, Any]:
+    """A report's `model`: what is known of the source, and the class that holds the result."""
     known = {k: v for k, v in subject.source.items() if k != "path"}
     return {**known, "holder": held.kind, "holder_note": held.note}
 
