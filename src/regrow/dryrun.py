@@ -23,6 +23,7 @@ from regrow.engines import head, likelihood, tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
+from regrow.engines.inputs import named
 from regrow.engines.sparsify import Method
 from regrow.engines.zeros import prunable
 from regrow.errors import MissingDemo
@@ -176,7 +177,8 @@ def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -
         return []
     method, asked = sparsify.choose(recipe.sparsify), recipe.calibration
     passes = 0 if method.sees == "nothing" else {"pruned": 2, "dense": 1, "both": 2 + method.mends}[method.inputs]
-    peak = 4 * dense.parameters + sparse_bytes(anatomy, method, tokens=asked.tokens, block=asked.block)
+    leave = () if recipe.sparsify.keep_statistics else recipe.sparsify.leave
+    peak = 4 * dense.parameters + sparse_bytes(anatomy, method, tokens=asked.tokens, block=asked.block, leave=leave)
     rows = [_row("sparsify and write", asked.tokens if passes else 0, passes * dense.flops_per_token, peak, gflops)]
     how = ZERO_SPREADS.get(recipe.sparsify.spread)
     if how.sees == "inputs":
@@ -190,8 +192,8 @@ def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -
     return rows
 
 
-def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int) -> int:
-    """Peak of one-shot sparsity beyond the model, in fp32.
+def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int, leave: Sequence[str] = ()) -> int:
+    """Peak of one-shot sparsity beyond the model, in fp32; of what is in `leave` nothing is read.
 
     That is the stream of all tokens (two with inputs of both models), and beside it either one sequence on its way
     through a block with the block's statistics, or the linears at work with the statistics of those that wait.
@@ -199,35 +201,47 @@ def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int) -
     sizes = anatomy.sizes
     gram, reads = method.sees in ("gram", "all"), method.sees != "nothing"
     both = method.mends
-    inputs = _inputs(anatomy)
-    squares = [(1 + both) * gram * count * n * n for count, n, _ in inputs]
-    streams = (1 + both) * tokens * sizes["C"] if reads else 0
-    passing = block * (6 * sizes["C"] + 4 * sizes["F"]) + sum(squares) if reads else 0
     needs = [
         (3.0 * gram, MASK),
         *([FACTOR] if gram else []),
         *(WORK.get(s.name, (0.0, 0.0)) for s, _ in method.solvers),
     ]
-    working = [
-        sum(squares[i + 1 :]) + both * n * n + max(grams * n * n + weights * m * n for grams, weights in needs)
-        for i, (_, n, m) in enumerate(inputs)
-    ]
-    return round(4 * (streams + max(passing, *working)))
+    peaks = []
+    for inputs in inputs_of(anatomy, also=method.also, leave=leave):
+        squares = [(1 + both) * gram * count * n * n for count, n, _ in inputs]
+        passing = block * (6 * sizes["C"] + 4 * sizes["F"]) + sum(squares) if reads else 0
+        working = [
+            sum(squares[i + 1 :]) + both * n * n + max(grams * n * n + weights * m * n for grams, weights in needs)
+            for i, (_, n, m) in enumerate(inputs)
+        ]
+        peaks.append(max(passing, *working))
+    streams = (1 + both) * tokens * sizes["C"] if reads else 0
+    return round(4 * (streams + max(peaks)))
 
 
-def _inputs(anatomy: Anatomy) -> list[tuple[int, int, int]]:
-    """What the linears of a block read, in turn: inputs of a kind, their channels, the most outputs of a linear."""
-    found: dict[tuple[str | None, bool], tuple[int, int, int]] = {}
-    chosen = set(prunable(anatomy))
+def inputs_of(
+    anatomy: Anatomy, *, also: Sequence[str] = (), leave: Sequence[str] = ()
+) -> set[tuple[tuple[int, int, int], ...]]:
+    """What the linears read that may become sparse, of each kind of block, and of the matrices outside of blocks.
+
+    Of a block in turn: inputs of a kind, their channels, the most outputs of a linear.
+    """
+    blocks: dict[int | str, dict[tuple[str | None, bool], tuple[int, int, int]]] = {}
+    usual = set(prunable(anatomy))
     for tensor in anatomy.tensors:
-        if tensor.layer == 0 and tensor.name in chosen:
+        name = tensor.name.removesuffix(".weight")
+        if not tensor.matrix or named(name, leave) or not (tensor.name in usual or named(name, also)):
+            continue
+        last = False
+        if tensor.branch is not None:
             branch = anatomy.family.attention if tensor.branch == "attention" else anatomy.family.mlp
-            last = tensor.name.removesuffix(".weight").rpartition(".")[2]
-            *experts, outputs, channels = tensor.shape
-            key = tensor.branch, last == branch.site.rpartition(".")[2]
-            known = found.get(key, (1, 1, 1))
-            found[key] = (max(math.prod(experts), known[0]), max(channels, known[1]), max(outputs, known[2]))
-    return list(found.values())
+            last = name.rpartition(".")[2] == branch.site.rpartition(".")[2]
+        *experts, outputs, channels = tensor.shape
+        block = blocks.setdefault(name if tensor.layer is None else tensor.layer, {})
+        known = block.get((tensor.branch, last), (1, 1, 1))
+        most = max(known[0], math.prod(experts)), max(known[1], channels), max(known[2], outputs)
+        block[tensor.branch, last] = most
+    return {tuple(block.values()) for block in blocks.values()}
 
 
 def task_logits(asked: Evaluate, anatomy: Anatomy) -> int:

@@ -11,7 +11,7 @@ from prompt import Command, Refused
 from models import make
 from regrow.artifacts.linear import SOLVERS
 from regrow.artifacts.shape import costs
-from regrow.dryrun import WORK, _inputs, dry_run, sparse_bytes
+from regrow.dryrun import WORK, dry_run, inputs_of, sparse_bytes
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import read_config
 from regrow.settings import Sparsify, parse
@@ -91,8 +91,26 @@ def test_every_expert_has_its_own_statistics(kind: str) -> None:
     anatomy = bind(model.config, model)
     experts, _, middle = model.model.layers[0].mlp.experts.down_proj.shape
     inside = model.model.layers[0].self_attn.o_proj.in_features
-    found = sorted((count, channels) for count, channels, _ in _inputs(anatomy))
+    (block,) = inputs_of(anatomy)
+    found = sorted((count, channels) for count, channels, _ in block)
     assert found == sorted([(1, 24), (1, inside), (experts, 24), (experts, middle)])
+
+
+def test_layers_of_all_kinds_and_what_was_named_besides() -> None:
+    """Every second layer has experts; the router reads with them, the head alone, and what is left is not read."""
+    model = make("qwen3_moe", hidden_size=24, num_hidden_layers=2, decoder_sparse_step=2, tie_word_embeddings=False)
+    anatomy = bind(model.config, model)
+    experts, _, middle = model.model.layers[1].mlp.experts.down_proj.shape
+    wide, heads = model.model.layers[0].mlp.up_proj.out_features, model.model.layers[0].self_attn
+    q, inside = heads.q_proj.out_features, heads.o_proj.in_features
+    dense = ((1, 24, q), (1, inside, 24), (1, 24, wide), (1, wide, 24))
+    routed = ((1, 24, q), (1, inside, 24), (experts, 24, 2 * middle), (experts, middle, 24))
+    assert inputs_of(anatomy) == {dense, routed}
+    assert inputs_of(anatomy, also=["lm_head", "gate"]) == {dense, routed, ((1, 24, model.config.vocab_size),)}
+    assert inputs_of(anatomy, leave=["q_proj", "k_proj", "v_proj", "experts.down_proj"]) == {dense[1:], routed[1:3]}
+    method = choose(Sparsify(criterion="sparsegpt"))
+    head = choose(Sparsify(criterion="sparsegpt", also=("lm_head",)))
+    assert sparse_bytes(anatomy, head, tokens=64, block=16) > sparse_bytes(anatomy, method, tokens=64, block=16)
 
 
 def test_memory_hangs_on_what_is_read() -> None:
@@ -117,7 +135,7 @@ def test_memory_hangs_on_what_is_read() -> None:
 def test_memory_of_solvers_by_hand(monkeypatch: pytest.MonkeyPatch, outputs: int, expected: dict[str, int]) -> None:
     """One linear of 30 inputs: a mask 7 of it and 3 Gram matrices, a factor 6.1, and what a solver needs."""
     assert set(WORK) < set(SOLVERS.names())
-    monkeypatch.setattr("regrow.dryrun._inputs", lambda _: [(1, 30, outputs)])
+    monkeypatch.setattr("regrow.dryrun.inputs_of", lambda *_, **__: {((1, 30, outputs),)})
     model = make("llama")
     anatomy = bind(model.config, model)
     for name, numbers in expected.items():

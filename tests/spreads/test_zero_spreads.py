@@ -220,18 +220,26 @@ def test_uniform_gives_every_layer_what_was_asked(pattern: str) -> None:
 # ---- owl
 
 
+def outlying(*matrices: Tensor) -> float:
+    return outliers(lambda: iter(matrices))
+
+
 def test_outliers_by_hand() -> None:
     """Means 2: only what lies above 10 counts, and 10 itself does not."""
     assert OUTLIER == 5
-    assert outliers(torch.tensor([1.0] * 9 + [11.0])) == pytest.approx(10)
-    assert outliers(torch.tensor([0.0] * 4 + [10.0])) == 0
-    assert outliers(torch.ones(7)) == 0
-    assert outliers(torch.tensor([1.0] * 99 + [600.0])) == pytest.approx(1)
+    assert outlying(torch.tensor([1.0] * 9 + [11.0])) == pytest.approx(10)
+    assert outlying(torch.tensor([0.0] * 4 + [10.0])) == 0
+    assert outlying(torch.ones(7)) == 0
+    assert outlying(torch.tensor([1.0] * 99 + [600.0])) == pytest.approx(1)
 
 
-def test_outliers_know_no_scale() -> None:
+def test_outliers_know_no_scale_and_no_matrices() -> None:
+    """The mean is that of a layer, however its scores are dealt to matrices."""
     scores = torch.randn(1000, generator=torch.Generator().manual_seed(0)).abs() ** 3
-    assert outliers(64 * scores) == outliers(scores) > 0
+    assert outlying(64 * scores) == outlying(scores) > 0
+    small, large = scores.sort().values.split([900, 100])
+    assert outlying(small, large.view(4, 25)) == outlying(scores)
+    assert outlying(large) != outlying(scores)
 
 
 def test_more_outliers_fewer_zeros() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +28,9 @@ class ZeroSpread:
     sees: Literal["nothing", "inputs", "trace"]  # Wanda's scores, or the trace of the loss's Hessian
     paper: str
     about: str
-    measure: Callable[[torch.Tensor], float]  # scores (n,) of a layer's weights, or the trace () -> one number
+    measure: Callable[[Callable[[], Iterable[torch.Tensor]]], float]
+    """Of the scores of a layer, which come matrix by matrix, as often as they are asked for: one number. Unused of
+    traces, which are numbers."""
     offsets: Callable[[Sequence[float]], list[float]]  # numbers of all layers -> -1 (fewest zeros) .. 1
     band: float  # the most that a layer's share departs from the whole's, for a percentage
     groups: float  # the same in weights of a group, for N:M

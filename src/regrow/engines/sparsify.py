@@ -7,8 +7,9 @@ What this gives up: errors that only show behind a later block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -137,13 +138,13 @@ def layer_values(
     model: Any,
     anatomy: Anatomy,
     blocks: Tensor,
-    measure: Callable[[Tensor], float],
+    measure: Callable[[Callable[[], Iterable[Tensor]]], float],
     *,
     leave: Sequence[str] = (),
     kept: Readings | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """`measure` of all scores |w| |x| (n,) of each layer of the dense model, in one pass; 0 of a layer without any.
+    """`measure` of the scores |w| |x| of each layer of the dense model, in one pass; 0 of a layer without any.
 
     Readings that were `kept` spare the pass.
     """
@@ -157,16 +158,20 @@ def layer_values(
             with Observer(layer, "inputs") as observer:
                 _read(layer, stream, None, calls[i], observer, keep=True)
             readings = observer.readings
-        scores = []
-        for matrix in matrices(layer, f"{anatomy.family.layers}.{i}"):
-            seen = readings.get(matrix.site)
-            if seen is not None and seen.tokens and not named(matrix.name, leave):
-                norm = seen.inputs(len(blocks)).squares.sqrt()
-                scores.append((matrix.weight.abs().float() * norm).flatten())
-        found.append(measure(torch.cat(scores)) if scores else 0.0)
+        seen = [
+            (matrix.weight, readings[matrix.site].inputs(len(blocks)).squares.sqrt())
+            for matrix in matrices(layer, f"{anatomy.family.layers}.{i}")
+            if matrix.site in readings and readings[matrix.site].tokens and not named(matrix.name, leave)
+        ]
+        found.append(measure(partial(_scores, seen)) if seen else 0.0)
         if progress is not None:
             progress(i + 1, len(layers))
     return found
+
+
+def _scores(seen: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Wanda's, of weights (m, n) and the norms (n,) of what they meet."""
+    return (weight.abs().float() * norm for weight, norm in seen)
 
 
 def _enter(model: Any, layers: list[nn.Module], blocks: Tensor) -> tuple[Tensor, list[Any]]:

@@ -5,7 +5,7 @@ What this gives up: rounds; a layer is measured on the dense model, before any o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -14,9 +14,12 @@ from regrow.artifacts.share import ZERO_SPREADS, ZeroSpread
 OUTLIER = 5.0  # a score so many times the mean is an outlier
 
 
-def outliers(scores: torch.Tensor) -> float:  # (n,) of all weights of a layer
-    """Percentage of scores above OUTLIER times their mean."""
-    return 100 * float((scores > OUTLIER * scores.mean()).float().mean())
+def outliers(scores: Callable[[], Iterable[torch.Tensor]]) -> float:
+    """Percentage of a layer's scores above OUTLIER times their mean; gone through twice, a matrix at a time."""
+    total, count = 0.0, 0
+    for part in scores():
+        total, count = total + float(part.sum()), count + part.numel()
+    return 100 * sum(int((part > OUTLIER * total / count).sum()) for part in scores()) / count
 
 
 def by_outliers(found: Sequence[float]) -> list[float]:
@@ -58,7 +61,7 @@ for spread in (
         sees="trace",
         paper="arXiv:2310.09499 (mixed sparsity)",
         about="Fewer zeros where the loss is curved more, by the trace of its Hessian.",
-        measure=float,
+        measure=lambda _: 0.0,
         offsets=by_rank,
         band=0.05,
         groups=1.0,
