@@ -435,8 +435,8 @@ def test_a_recovery_that_changes_nothing_says_so(regrow: Command, thin: Path, ta
 def test_the_rate_of_the_method_is_written_down(regrow: Command, thin: Path, tale: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     assert regrow("recover", thin, "--adapter", "spp", *TRAIN, "--train", tale, "--out", out, "-q").code == 0
-    assert read_report(out).made_by["recover"]["learning_rate"] == 0.004
-    assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["recover"]["learning_rate"] == 0.004
+    assert read_report(out).made_by["recover"]["learning_rate"] == 0.01
+    assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["recover"]["learning_rate"] == 0.01
 
 
 def test_a_sparse_model_keeps_its_zeros_unless_asked_otherwise(
@@ -450,7 +450,7 @@ def test_a_sparse_model_keeps_its_zeros_unless_asked_otherwise(
         assert "warning" not in done.err
         recipe = yaml.safe_load((tmp_path / name / "recipe.yaml").read_text(encoding="utf-8"))["recover"]
         asked[name] = [recipe[key] for key in ("method", "rank", "alpha", "dropout", "learning_rate")]
-    assert asked == {"sparse": ["spp", 8, 16, 0.0, 0.004], "dense": ["lora", 8, 16, 0.05, 0.0003]}
+    assert asked == {"sparse": ["spp", 8, 16, 0.0, 0.01], "dense": ["lora", 8, 16, 0.05, 0.0003]}
     assert regrow("diff", thin, tmp_path / "sparse", "--weights", "--json").json["same_mask"] is True
 
 

@@ -233,7 +233,7 @@ def test_a_rate_that_is_not_named_is_the_method_s_own(method: str) -> None:
 
 
 def test_factors_need_a_higher_rate_than_what_is_added() -> None:
-    assert RATES["full"] < RATES["lora"] == RATES["lora-masked"] < RATES["spp"] == RATES["hira"] == RATES["ia3"]
+    assert RATES["full"] < RATES["lora"] < RATES["lora-masked"] < RATES["spp"] == RATES["hira"] == RATES["ia3"]
     with pytest.raises(SettingsError, match=r"unknown recover\.method 'sp'"):
         parse({"recover": {"method": "sp"}})
 
