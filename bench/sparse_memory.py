@@ -55,10 +55,10 @@ def sparse(name: str, pattern: str) -> dict[str, Any]:
     libraries()
     from cutting import calibration
     from regrow.artifacts.pattern import Pattern
-    from regrow.dryrun import sparse_bytes
     from regrow.engines.clock import PeakMemory
     from regrow.engines.sparsify import sparsify
     from regrow.settings import Sparsify
+    from regrow.sparse_costs import sparse_bytes
     from regrow.stages.load import load
     from regrow.stages.sparsify import choose
 

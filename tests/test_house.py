@@ -30,7 +30,7 @@ FLOORS = {
     **dict.fromkeys(("families", "criteria", "spreads", "solvers", "losses", "schedules", "predictors"), 2),
     "engines": 3,
     "stages": 4,
-    **dict.fromkeys(("prepare", "record", "run", "dryrun", "search"), 5),
+    **dict.fromkeys(("prepare", "record", "run", "dryrun", "sparse_costs", "search"), 5),
     **dict.fromkeys(("", "cli", "page", "door"), 6),
 }
 NO_SIDEWAYS = (2, 4)  # knowledge and stages: a file imports no other file of its floor

@@ -6,7 +6,6 @@ for a second on a matrix product. What this gives up: input and output, generati
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +22,10 @@ from regrow.engines import head, likelihood, tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
-from regrow.engines.inputs import named
-from regrow.engines.sparsify import Method
-from regrow.engines.zeros import prunable
 from regrow.errors import MissingDemo
 from regrow.prepare import check_words, chosen_criteria
 from regrow.settings import Evaluate, Recipe
+from regrow.sparse_costs import sparse_bytes, sparse_flops
 from regrow.stages import sparsify
 from regrow.stages.load import as_dtype
 from regrow.stages.plan import Wish, make_plan
@@ -41,10 +38,6 @@ PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward 
 TRAIN_COPIES = {"full": 4.0, "ast": 5.25}  # ast: as the model sees its weights, and a byte each for the mask
 PIECES = 6  # tensors of a piece of logits while a student learns from a teacher: both models', and what follows of them
 EFFICIENCY = 0.6  # of a large matrix product's speed that a whole model reaches
-MASK = 7.0  # copies of a linear's weights while its mask is chosen
-FACTOR = (6.1, 0.0)  # copies of a linear's Gram matrix, and of its weights, while the matrix is factored
-WORK = {"refit": (3.0, 14.0), "alps": (10.2, 0.0), "dsnot": (0.0, 20.0)}
-"""The same at the peak of a solver that needs more; measured (bench/sparse_memory.py)."""
 PROBES, PROBE_PASSES, PROBE_COPIES = 4, 9.0, 4.0  # of a Hessian's trace: blocks, forward passes each, of the model
 ITEM_TOKENS = 80  # of a task's item: about forty that its choices share, and ten of each of four
 
@@ -179,7 +172,9 @@ def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -
     passes = 0 if method.sees == "nothing" else {"pruned": 2, "dense": 1, "both": 2 + method.mends}[method.inputs]
     leave = () if recipe.sparsify.keep_statistics else recipe.sparsify.leave
     peak = 4 * dense.parameters + sparse_bytes(anatomy, method, tokens=asked.tokens, block=asked.block, leave=leave)
-    rows = [_row("sparsify and write", asked.tokens if passes else 0, passes * dense.flops_per_token, peak, gflops)]
+    read = asked.tokens if passes else 0
+    more = sparse_flops(anatomy, method, tokens=read, leave=leave)
+    rows = [_row("sparsify and write", read, passes * dense.flops_per_token, peak, gflops, more)]
     how = ZERO_SPREADS.get(recipe.sparsify.spread)
     if how.sees == "inputs":
         wide = 4.0 * (dense.parameters + asked.tokens * anatomy.sizes["C"])
@@ -192,65 +187,16 @@ def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -
     return rows
 
 
-def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int, leave: Sequence[str] = ()) -> int:
-    """Peak of one-shot sparsity beyond the model, in fp32; of what is in `leave` nothing is read.
-
-    That is the stream of all tokens (two with inputs of both models), and beside it either one sequence on its way
-    through a block with the block's statistics, or the linears at work with the statistics of those that wait.
-    """
-    sizes = anatomy.sizes
-    gram, reads = method.sees in ("gram", "all"), method.sees != "nothing"
-    both = method.mends
-    needs = [
-        (3.0 * gram, MASK),
-        *([FACTOR] if gram else []),
-        *(WORK.get(s.name, (0.0, 0.0)) for s, _ in method.solvers),
-    ]
-    peaks = []
-    for inputs in inputs_of(anatomy, also=method.also, leave=leave):
-        squares = [(1 + both) * gram * count * n * n for count, n, _ in inputs]
-        passing = block * (6 * sizes["C"] + 4 * sizes["F"]) + sum(squares) if reads else 0
-        working = [
-            sum(squares[i + 1 :]) + both * n * n + max(grams * n * n + weights * m * n for grams, weights in needs)
-            for i, (_, n, m) in enumerate(inputs)
-        ]
-        peaks.append(max(passing, *working))
-    streams = (1 + both) * tokens * sizes["C"] if reads else 0
-    return round(4 * (streams + max(peaks)))
-
-
-def inputs_of(
-    anatomy: Anatomy, *, also: Sequence[str] = (), leave: Sequence[str] = ()
-) -> set[tuple[tuple[int, int, int], ...]]:
-    """What the linears read that may become sparse, of each kind of block, and of the matrices outside of blocks.
-
-    Of a block in turn: inputs of a kind, their channels, the most outputs of a linear.
-    """
-    blocks: dict[int | str, dict[tuple[str | None, bool], tuple[int, int, int]]] = {}
-    usual = set(prunable(anatomy))
-    for tensor in anatomy.tensors:
-        name = tensor.name.removesuffix(".weight")
-        if not tensor.matrix or named(name, leave) or not (tensor.name in usual or named(name, also)):
-            continue
-        last = False
-        if tensor.branch is not None:
-            branch = anatomy.family.attention if tensor.branch == "attention" else anatomy.family.mlp
-            last = name.rpartition(".")[2] == branch.site.rpartition(".")[2]
-        *experts, outputs, channels = tensor.shape
-        block = blocks.setdefault(name if tensor.layer is None else tensor.layer, {})
-        known = block.get((tensor.branch, last), (1, 1, 1))
-        most = max(known[0], math.prod(experts)), max(known[1], channels), max(known[2], outputs)
-        block[tensor.branch, last] = most
-    return {tuple(block.values()) for block in blocks.values()}
-
-
 def task_logits(asked: Evaluate, anatomy: Anatomy) -> int:
     """Most bytes that logits of tasks take, in fp32; long texts go in smaller batches."""
     return 4 * min(likelihood.LOGITS, asked.batch * tasks.CONTEXT * anatomy.sizes["V"]) if asked.tasks else 0
 
 
-def _row(stage: str, tokens: int, flops_per_token: float, peak: float, gflops: float) -> dict[str, Any]:
-    minutes = tokens * flops_per_token / (gflops * 1e9 * EFFICIENCY) / 60
+def _row(
+    stage: str, tokens: int, flops_per_token: float, peak: float, gflops: float, more: float = 0.0
+) -> dict[str, Any]:
+    """`more`: operations that no token asks for."""
+    minutes = (tokens * flops_per_token + more) / (gflops * 1e9 * EFFICIENCY) / 60
     return {"stage": stage, "tokens": tokens, "minutes": round(minutes, 2), "peak_gb": round(peak / 1e9, 3)}
 
 
