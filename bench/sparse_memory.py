@@ -70,7 +70,7 @@ def sparse(name: str, pattern: str) -> dict[str, Any]:
     few = [Pattern.parse(pattern)] * LAYERS
     with PeakMemory() as memory:
         sparsify(model, subject.anatomy, blocks, method, few)
-    stated = sparse_bytes(subject.anatomy, method, tokens=TOKENS, block=BLOCK)
+    stated = sparse_bytes(subject.anatomy, method, few[0], tokens=TOKENS, block=BLOCK)
     return {"bytes": memory.bytes, "stated": stated, "ratio": memory.bytes / stated, "how": memory.how}
 
 

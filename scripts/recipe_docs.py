@@ -5,6 +5,7 @@ A test holds the page against `tables()`, so the two cannot drift apart.
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from pathlib import Path
@@ -51,7 +52,7 @@ def tables() -> str:
     lines: list[str] = []
     for name, part in TABLES.items():
         title = f"`{name}`" if name else "The run"
-        lines += ["", f"## {title}", "", (part.__doc__ or "").strip(), ""]
+        lines += ["", f"## {title}", "", inspect.cleandoc(part.__doc__ or ""), ""]
         lines += ["| key | what | default | meaning |", "|---|---|---|---|"]
         for key, field in part.model_fields.items():
             path = f"{name}.{key}" if name else key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -188,6 +189,28 @@ def test_text_that_is_trained_on_is_not_measured_on(recipe: Make, tmp_path: Path
                 road.check(recipe(**used, evaluate={"text": str(measured)}))
         road.check(recipe(**used, evaluate={"text": "demo"}))
     road.check(recipe(**scored, criterion="magnitude", evaluate={"text": str(text)}))  # reads no text
+
+
+def test_a_short_text_is_said_to_be_short(recipe: Make, tmp_path: Path) -> None:
+    """Of the calibration a tenth is read, of the recovery text the same tokens come again; enough is not spoken of."""
+    text = tmp_path / "mine.txt"
+    text.write_text("\n\n".join(f"Tale number {i} " + "went on and on. " * 15 for i in range(120)))
+    asked: dict[str, Any] = {
+        "keep": None,
+        "sparsify": {"pattern": "2:4", "criterion": "wanda"},
+        "calibration": {"text": str(text), "tokens": 64_000, "block": 32},
+        "recover": {"method": "spp", "text": str(text), "tokens": 32 * 1024, "block": 32, "batch": 512},
+    }
+    report = road.run(recipe(**asked), tmp_path / "short", page=lambda *_: {})
+    read = report.stages["sparsify"]["tokens"]
+    assert 0 < read < 64_000
+    assert f"the text's calibration part filled {read:,} of the 64,000 tokens asked for" in report.notes
+    (again,) = (note for note in report.notes if note.startswith("trained "))
+    times, tokens = re.findall(r"trained ([\d.]+) times over a recovery text of ([\d,]+) tokens", again)[0]
+    assert float(times) * int(tokens.replace(",", "")) == pytest.approx(32 * 1024, rel=0.05)
+    enough = overlay(asked, {"calibration": {"tokens": read}, "recover": None})
+    plenty = road.run(recipe(**enough), tmp_path / "enough", page=lambda *_: {})
+    assert not any("tokens" in note for note in plenty.notes)
 
 
 def test_new_text_in_the_same_file_is_scored_anew(recipe: Make, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regrow.artifacts.family import Unit
+from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
@@ -171,7 +172,9 @@ def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -
     method, asked = sparsify.choose(recipe.sparsify), recipe.calibration
     passes = 0 if method.sees == "nothing" else {"pruned": 2, "dense": 1, "both": 2 + method.mends}[method.inputs]
     leave = () if recipe.sparsify.keep_statistics else recipe.sparsify.leave
-    peak = 4 * dense.parameters + sparse_bytes(anatomy, method, tokens=asked.tokens, block=asked.block, leave=leave)
+    pattern = Pattern.parse(recipe.sparsify.pattern)
+    beyond = sparse_bytes(anatomy, method, pattern, tokens=asked.tokens, block=asked.block, leave=leave)
+    peak = 4 * dense.parameters + beyond
     read = asked.tokens if passes else 0
     more = sparse_flops(anatomy, method, tokens=read, leave=leave)
     rows = [_row("sparsify and write", read, passes * dense.flops_per_token, peak, gflops, more)]

@@ -45,7 +45,7 @@ from regrow.prepare import (
     with_method,
 )
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, zeros_of
-from regrow.settings import Recipe, dump
+from regrow.settings import Calibration, Recipe, dump
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
 from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
@@ -174,14 +174,23 @@ def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, An
     blocks = calibration(subject, recipe) if calibrates(recipe) else None
     kept = statistics(subject, recipe) if calibrates(recipe) and recipe.sparsify.keep_statistics else None
     record["cached"] = kept is not None and sparsify.reads_kept(recipe.sparsify, kept)
+    record["tokens"] = 0 if blocks is None else blocks.numel()
     found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, kept=kept, progress=progress)
     spread = " on average over the layers" if len(set(found.patterns)) > 1 else ""
     notes = (
         f"{found.asked}{spread}; {100 * found.sparsity.share:.2f} % of the weights inside decoder layers are zero",
         "zeros are stored as zeros: dense kernels gain nothing by them, and neither does the file",
         *found.notes,
+        *_short(recipe.calibration, blocks),
     )
     return _Done(held, notes, sparsified=found)
+
+
+def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
+    """A note where the text had fewer blocks (n, T) than were asked for."""
+    if blocks is None or blocks.numel() > asked.tokens - asked.block:
+        return ()
+    return (f"the text's calibration part filled {blocks.numel():,} of the {asked.tokens:,} tokens asked for",)
 
 
 STRUCTURED = {"axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform", "divisors"}
@@ -328,6 +337,10 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         found = recover(
             subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
         )
+    text = blocks.ids.numel()
+    if text <= asked.tokens - asked.block:
+        again = f"trained {asked.tokens / text:.1f} times over a recovery text of {text:,} tokens"
+        found = replace(found, notes=(*found.notes, again))
     return found, work
 
 

@@ -27,7 +27,10 @@ class _Part(BaseModel):
 
 
 class Calibration(_Part):
-    """Text that scores are measured on. Only the calibration part of a source is used."""
+    """Text that scores are measured on and zeros chosen by. Only the calibration part of a source is used.
+
+    `regrow sparsify` and `regrow.sparsify` take 8,192 tokens in blocks of 512 unless told otherwise.
+    """
 
     text: str = Field(
         default="demo", description="demo, demo:DOMAIN, a .txt, .json, .jsonl or .parquet file, or hub:NAME"
@@ -144,7 +147,7 @@ class Recover(_Part):
         lt=1,
         description=f"before the adapters; null = the method's own: {DROPOUT:g} of lora and lora-masked, else 0",
     )
-    checkpointing: bool = Field(default=False, description="less memory for a third more time")
+    checkpointing: bool = Field(default=False, description="less memory, more time")
     teacher: str | None = Field(
         default=None,
         description="learn from this model's predictions instead of the text's next token; same tokenizer; "

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.engines.inputs import named
 from regrow.engines.sparsify import Method
@@ -25,7 +26,7 @@ class Work:
     cubes: float = 0.0  # operations in n^3, once for all linears that read the same
 
 
-MASK = Work(weights=7.0)
+MASK = {False: Work(weights=7.4), True: Work(weights=5.7)}  # chosen within groups of N:M, or not
 FACTOR = Work(grams=6.1, products=1.0, cubes=2 / 3)  # of a damped Gram matrix, and the error of the outputs
 WORK = {
     "update": Work(products=1.0),
@@ -47,7 +48,9 @@ class Site:
     outputs: int  # of all of them; of one expert
 
 
-def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int, leave: Sequence[str] = ()) -> int:
+def sparse_bytes(
+    anatomy: Anatomy, method: Method, pattern: Pattern, *, tokens: int, block: int, leave: Sequence[str] = ()
+) -> int:
     """Peak of one-shot sparsity beyond the model, in fp32; of what is in `leave` nothing is read.
 
     That is the stream of all tokens (two with inputs of both models), and beside it either one sequence on its way
@@ -56,7 +59,7 @@ def sparse_bytes(anatomy: Anatomy, method: Method, *, tokens: int, block: int, l
     sizes = anatomy.sizes
     gram, reads = method.sees in ("gram", "all"), method.sees != "nothing"
     both = method.mends
-    needs = [replace(MASK, grams=3.0 * gram), *_work(method)]
+    needs = [replace(MASK[pattern.of > 0], grams=3.0 * gram), *_work(method)]
     peaks = []
     for sites in {tuple(found) for found in sites_of(anatomy, also=method.also, leave=leave)}:
         squares = [(1 + both) * gram * site.experts * site.channels**2 for site in sites]
