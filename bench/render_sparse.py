@@ -10,6 +10,7 @@ from typing import Any
 Rows = dict[str, dict[str, Any]]
 PATTERNS = ("50%", "2:4", "75%", "2:8")
 CURVE = ["start, method", "rate", "trained numbers", "tokens", "perplexity", "gap closed", "weights changed"]
+FAILED = ("alps, both (mend 1)",)  # docs/log.md has the reason
 ARMS = ("spp", "lora-masked", "hira", "ia3", "full", "spp, teacher")
 
 
@@ -60,7 +61,8 @@ def quality(data: dict[str, Any]) -> str:
 def shown_by(data: dict[str, Any], *, plain: bool) -> str:
     """With `plain`, the published loops too."""
     found = by_method(data["rows"])
-    names = [name for name in dict.fromkeys(name for name, _ in found) if plain or not name.startswith("plain")]
+    aside = () if plain else ("plain", *FAILED)
+    names = [name for name in dict.fromkeys(name for name, _ in found) if not name.startswith(aside)]
     firsts = {name: found.get((name, PATTERNS[0]), {"-": math.inf}) for name in names}
     body = []
     for name in sorted(names, key=lambda n: (n.startswith("plain"), -statistics.fmean(firsts[n].values()))):
@@ -86,16 +88,49 @@ def shown_by(data: dict[str, Any], *, plain: bool) -> str:
     return about + (loops if plain else "") + "\n\n" + table(["method", *PATTERNS], body)
 
 
-def gains(sparse: dict[str, Any] | None, spp: dict[str, Any] | None) -> str:
-    """What choices gain, in short."""
+def gains(
+    sparse: dict[str, Any] | None,
+    spp: dict[str, Any] | None,
+    speeds: dict[str, Any] | None,
+    room: dict[str, Any] | None,
+) -> str:
+    """What choices gain and cost, in short."""
     parts = [shown_by(sparse, plain=False)] if sparse else []
-    curves = curve_rows(spp["rows"]) if spp else []
-    if curves:
+    if speeds and room:
         parts.append(
-            "With training, from SparseGPT's zeros; the methods, texts and tokens of [results.md](results.md):\n\n"
-            + table(CURVE, curves)
+            "What it costs, for whole runs over the first "
+            f"{speeds['settings']['layers']} layers: times in SparseGPT's (medians), memory beyond the model in MB:\n\n"
+            + prices(speeds["rows"], room["rows"])
         )
+    curves = curve_rows(spp["rows"]) if spp else []
+    if spp and any("trained" in row and "perplexity" in row for row in spp["rows"].values()):
+        parts.append(f"With training. {trained_on(spp)}\n\n" + table(CURVE, curves))
     return "\n\n".join(parts) or "Not measured yet."
+
+
+def prices(speeds: Rows, room: Rows) -> str:
+    """Time and memory of each method and pattern, as far as they were measured."""
+    patterns = PATTERNS[:2]
+    found = {pattern: speeds.get(f"methods {pattern}", {}) for pattern in patterns}
+    body = []
+    for name in dict.fromkeys(key.rpartition(" ")[0] for key in room if not key.startswith("step: ")):
+        times = [
+            "1" if name == "sparsegpt" else f"{found[p][name]['median']:.2f}" if name in found[p] else "-"
+            for p in patterns
+        ]
+        rows = [room.get(f"{name} {p}") for p in patterns]
+        body.append([name, *times, *(f"{row['bytes'] / 1e6:.0f}" if row else "-" for row in rows)])
+    return table(["method", *(f"time, {p}" for p in patterns), *(f"memory, {p}" for p in patterns)], body)
+
+
+def trained_on(spp: dict[str, Any]) -> str:
+    settings = spp["settings"]
+    tokens = settings["step"]["block"] * settings["step"]["batch"]
+    return (
+        f"SparseGPT's zeros and the demo's recovery text, seed 0; rank {settings['adapters']['rank']}, scale "
+        f"{settings['adapters']['alpha'] // settings['adapters']['rank']}, no dropout; {tokens:,} tokens a step, "
+        f"warm-up and then a constant rate, the best of {len(settings['rates'])} for each method on held-out text."
+    )
 
 
 def masks(rows: Rows) -> str:
@@ -117,7 +152,9 @@ def speed(data: dict[str, Any]) -> str:
     about = (
         f"{settings['tokens']:,} tokens in blocks of {settings['block']}, the first {settings['layers']} blocks of the "
         f"model, {settings['repeats']} turns. `passes` are the forward passes that every block needs: two, and of the "
-        "last block one where nobody reads what it gives.\n\n"
+        "last block one where nobody reads what it gives. `beyond` is the time past them, `plain` the published loop "
+        "(`bench/plain.py`), `floor` the passes and the operations of Grams, factors and updates at the speed of a "
+        "matrix product measured in the same turn.\n\n"
     )
     return about + ratios(data)
 
@@ -153,8 +190,8 @@ def recovery(data: dict[str, Any]) -> str:
     rows: Rows = data["rows"]
     dense = rows["dense"]["perplexity"]
     about = (
-        f"Dense {dense:.2f}. One run each, seed 0; every zero kept, checked at every mark. Rates were chosen on "
-        "held-out demo text after 50k tokens; the evaluation text was not looked at before.\n\n"
+        f"Dense {dense:.2f}. {trained_on(data)} One run each; every zero kept, checked at every mark. Rates were "
+        "chosen after 50k tokens; the evaluation text was not looked at before.\n\n"
     )
     trials = [
         [

@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "wanda": {"criterion": "wanda"},
     "sparsegpt": {"criterion": "sparsegpt"},
-    "sparsegpt, refit": {"criterion": "sparsegpt", "solver": ("update", "refit")},
+    "sparsegpt + refit": {"criterion": "sparsegpt", "solver": ("update", "refit")},
     "mrp": {"criterion": "mrp"},
     "alps": {"criterion": "alps"},
     "alps, both": {"criterion": "alps", "inputs": "both"},

@@ -5,6 +5,8 @@ it spends beyond those passes, over what the plain loop of the published code sp
 the plain loop itself is honest when that is at most 1.1 of its passes. The whole run over its arithmetic floor, asked
 at most 1.3: the two passes, and the operations of Grams (half of each, by symmetry), factors and updates at the speed
 of a matrix product measured in the same turn.
+
+Then every other method beside SparseGPT, at 50 % and 2:4, in turns too: how many times as long a whole run takes.
 """
 
 from __future__ import annotations
@@ -29,6 +31,18 @@ from regrow.stages.sparsify import choose
 
 TOKENS, BLOCK, LAYERS, REPEATS = 8192, 512, 2, 7
 HALF = Pattern.parse("50%")
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"criterion": "magnitude"},
+    "wanda": {"criterion": "wanda"},
+    "dsnot": {"criterion": "dsnot"},
+    "sparsegpt, dense": {"criterion": "sparsegpt", "inputs": "dense"},
+    "sparsegpt, both": {"criterion": "sparsegpt", "inputs": "both"},
+    "sparsegpt + refit": {"criterion": "sparsegpt", "solver": ("update", "refit")},
+    "mrp": {"criterion": "mrp"},
+    "alps": {"criterion": "alps"},
+    "alps, both": {"criterion": "alps", "inputs": "both"},
+}
+TURNS = 3  # of these
 WIDTH = 128  # columns of SparseGPT's blocks
 
 
@@ -51,9 +65,9 @@ def main() -> None:
         work()
         return time.perf_counter() - began
 
-    def ours(criterion: str) -> Callable[[], object]:
-        method = choose(Sparsify(criterion=criterion))
-        return lambda: sparsify(model, subject.anatomy, blocks, method, [HALF] * LAYERS)
+    def ours(criterion: str, pattern: Pattern = HALF, **other: Any) -> Callable[[], object]:
+        method = choose(Sparsify(criterion=criterion, **other))
+        return lambda: sparsify(model, subject.anatomy, blocks, method, [pattern] * LAYERS)
 
     def once() -> dict[str, Any]:
         """Each run between two runs of the passes it needs, whose mean it is compared with: other work comes and goes.
@@ -87,6 +101,19 @@ def main() -> None:
     turns = [ledger.row(f"turn {i}", once) for i in range(REPEATS)]
     names = [name for name in turns[0] if "/" in name]
     ledger.row("summary", lambda: {name: spread([turn[name] for turn in turns]) for name in names})
+
+    def all_methods(pattern: str) -> dict[str, Any]:
+        """Each beside a run of SparseGPT of its own."""
+        parsed, found = Pattern.parse(pattern), {}
+        for name, settings in METHODS.items():
+            usual = timed(ours("sparsegpt", parsed))
+            found[name] = timed(ours(pattern=parsed, **settings)) / usual
+        return {"times of sparsegpt": found}
+
+    for pattern in ("50%", "2:4"):
+        laps = [ledger.row(f"methods {pattern}, turn {i}", partial(all_methods, pattern)) for i in range(TURNS)]
+        times = {name: spread([lap["times of sparsegpt"][name] for lap in laps]) for name in METHODS}
+        ledger.row(f"methods {pattern}", partial(dict, times))
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from regrow.artifacts.sparsity import GROUPS, SPARSE, Sparsity, Zeros
 from regrow.errors import BrokenModel
 
 KERNELS = {"cuSPARSELt": (16, 16), "CUTLASS": (32, 64)}
-"""Rows and columns of a 16-bit matrix are multiples of these for torch's semi-structured kernels; it takes the first
-where it is installed (torch/sparse/semi_structured.py)."""
+"""Rows and columns of a 16-bit matrix are multiples of these for torch's semi-structured kernels
+(torch/sparse/semi_structured.py)."""
 APART: dict[str, tuple[tuple[str, ...], ...]] = {
     "mlp.experts.gate_up_proj": (
         ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
