@@ -191,6 +191,37 @@ def test_text_that_is_trained_on_is_not_measured_on(recipe: Make, tmp_path: Path
     road.check(recipe(**scored, criterion="magnitude", evaluate={"text": str(text)}))  # reads no text
 
 
+@pytest.mark.parametrize("words", ["went on and on. " * 20, "ended. "], ids=["long", "short"])
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_rows_that_are_trained_on_are_not_measured_on(recipe: Make, tmp_path: Path, kind: str, words: str) -> None:
+    """Whatever their file looks like; its held-out part may be."""
+    rows = [{"text": f"Tale number {i} {words}"} for i in range(60)]
+    text, other = tmp_path / f"mine.{kind}", tmp_path / "other.jsonl"
+    text.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    other.write_text('{"text": "Another tale."}')
+    trained = {"recover": {"text": str(text), "tokens": 256, "block": 32}}
+    with pytest.raises(TextError, match="of its paragraphs are recovery text"):
+        road.check(recipe(**trained, evaluate={"text": str(text)}))
+    road.check(recipe(**trained, evaluate={"text": str(other)}))
+    road.check(recipe(**trained, evaluate={"text": f"heldout:{text}"}))
+
+
+def test_a_note_says_how_many_rows_have_no_answer(recipe: Make, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i}? " * 5, "completion": "" if i % 50 == 0 else f"It is {i}."} for i in range(200)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"text": str(tmp_path / "mine.jsonl"), "tokens": 256, "block": 32, "batch": 2, "template": "alpaca"}
+    report = walk(recipe(recover=asked), tmp_path / "out")
+    assert "4 rows of the recovery text have no answer: left out" in report.notes
+
+
+@pytest.mark.parametrize("part", ["calibration", "recover"])
+def test_blocks_that_are_longer_than_the_model_reads(recipe: Make, tmp_path: Path, part: str) -> None:
+    most = road.load(recipe().model).model.config.max_position_embeddings
+    asked: dict[str, Any] = {part: {"block": most + 1, "tokens": 4 * most}}
+    with pytest.raises(SettingsError, match=rf"{part}\.block = {most + 1}, and the model reads {most} tokens at most"):
+        walk(recipe(**asked), tmp_path / "out")
+
+
 def test_a_short_text_is_said_to_be_short(recipe: Make, tmp_path: Path) -> None:
     """Of the calibration a tenth is read, of the recovery text the same tokens come again; enough is not spoken of."""
     text = tmp_path / "mine.txt"

@@ -83,5 +83,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
 
 
+def settle(folder: Path) -> None:
+    """Everything in `folder` is on disk when this returns."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

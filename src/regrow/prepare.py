@@ -19,7 +19,7 @@ from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
 from regrow.engines.packed import Packed, as_packed
-from regrow.engines.texts import Part, documents, shared
+from regrow.engines.texts import Part, documents, is_rows, shared
 from regrow.errors import SettingsError, TextError
 from regrow.settings import BASE, KEEPS, KEEPS_CUT, Recipe, Recover
 from regrow.stages import sparsify
@@ -78,20 +78,22 @@ def check(recipe: Recipe) -> Wish | None:
 def _check_apart(recipe: Recipe) -> None:
     """Raise `TextError` when the file to measure on holds documents that are calibrated or trained on."""
     file = recipe.evaluate.text
-    if file is None or not Path(file).is_file():
+    if file is None or not Path(file).expanduser().is_file():
         return  # other sources give their held-out part
     used: list[tuple[str, Part]] = []
     if calibrates(recipe):
         used.append((recipe.calibration.text, "calibration"))
     if recipe.recover is not None and recipe.recover.tokens:
         used.append((recipe.recover.text, "recovery"))
+    rows = is_rows(Path(file))
+    texts = [document.text for document in documents(file, None)] if rows else [read_text(file)[1]]
     for source, part in used:
-        common = shared(read_text(file)[1], documents(source, part))
+        common = shared(texts, documents(source, part))
         if common:
             raise TextError(
                 f"{file} is to be measured on, and {common} of its paragraphs are {part} text from {source}",
                 "a text that is neither calibrated nor trained on",
-                "measure on another file, or on the held-out part of a source such as demo",
+                "measure on another file, on the held-out part of this one (heldout:FILE), or on another source: demo",
             )
 
 
@@ -106,6 +108,7 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
         check_spp(subject, recipe)
     check_zeros(subject, recipe)
     check_tongue(subject, recipe)
+    check_blocks(subject, recipe)
     check_texts(subject, recipe)
 
 
@@ -169,6 +172,21 @@ def check_zeros(subject: Subject, recipe: Recipe) -> None:
     asked = recipe.recover
     if asked is not None and asked.tokens and asked.method == "ast" and recipe.sparsify is None:
         moving_masks.needed(masks.masks_of(subject.model, subject.anatomy))
+
+
+def check_blocks(subject: Subject, recipe: Recipe) -> None:
+    """Refuse blocks longer than what the model was made for. Raises `SettingsError`."""
+    most = getattr(subject.model.config, "max_position_embeddings", None)
+    asked = {"calibration.block": recipe.calibration.block} if calibrates(recipe) else {}
+    if recipe.recover is not None and recipe.recover.tokens:
+        asked["recover.block"] = recipe.recover.block
+    for name, block in asked.items():
+        if most is not None and block > most:
+            raise SettingsError(
+                f"{name} = {block}, and the model reads {most} tokens at most",
+                f"up to {most}",
+                "ask for shorter blocks",
+            )
 
 
 def check_texts(subject: Subject, recipe: Recipe) -> None:

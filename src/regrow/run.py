@@ -31,7 +31,7 @@ from regrow.engines.distil import Teacher
 from regrow.engines.hetero import Holder, holder
 from regrow.engines.readings import Readings
 from regrow.engines.resume import weights_fingerprint
-from regrow.engines.texts import documents, fingerprint
+from regrow.engines.texts import documents, fingerprint, unanswered
 from regrow.engines.train_settings import FREE
 from regrow.errors import RegrowWarning
 from regrow.prepare import (
@@ -341,6 +341,8 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     if text <= asked.tokens - asked.block:
         again = f"trained {asked.tokens / text:.1f} times over a recovery text of {text:,} tokens"
         found = replace(found, notes=(*found.notes, again))
+    if empty := unanswered(asked.text):
+        found = replace(found, notes=(*found.notes, f"{empty:,} rows of the recovery text have no answer: left out"))
     return found, work
 
 

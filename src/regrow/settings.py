@@ -33,7 +33,7 @@ class Calibration(_Part):
     """
 
     text: str = Field(
-        default="demo", description="demo, demo:DOMAIN, a .txt, .json, .jsonl or .parquet file, or hub:NAME"
+        default="demo", description="demo, demo:DOMAIN, a .txt, .json, .jsonl or .parquet file, or hub:OWNER/NAME"
     )
     tokens: int = Field(default=4096, ge=1, description="how many tokens are read")
     block: int = Field(default=128, ge=8, description="tokens in a sequence")
@@ -178,7 +178,8 @@ class Evaluate(_Part):
     """What is measured before and after, with the same settings."""
 
     text: str | None = Field(
-        default="demo", description="a file, read as it is; another source, its held-out part; null = none"
+        default="demo",
+        description="the whole of a file; the held-out part of heldout:FILE or a source; null = none",
     )
     seqlen: int = Field(default=1024, ge=8, description="tokens in a block; at most what the model allows")
     max_tokens: int | None = Field(default=8192, ge=8, description="only the first so many tokens; null = all")

@@ -53,6 +53,10 @@ def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], None]) -> No
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def test_a_folder_that_is_not_there(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    refused("diff", "--weights", sprout_dir, tmp_path / "no", says=("is no folder", "two folders of models"))
+
+
 # ---- words
 
 
@@ -324,10 +328,10 @@ def test_truncated_weights(refused: Refused, sprout_dir: Path, broken: Path, lef
     refused("diff", sprout_dir, broken, "--weights", says=says, code=1)
 
 
-def test_missing_weights(refused: Refused, sprout_dir: Path, broken: Path, tmp_path: Path) -> None:
+def test_missing_weights(refused: Refused, sprout_dir: Path, broken: Path) -> None:
     (broken / "model.safetensors").unlink()
     refused("inspect", broken, "--sparse", says=("model.safetensors cannot be read",), code=1)
-    refused("diff", sprout_dir, tmp_path / "nowhere", "--weights", says=("cannot be read",), code=1)
+    refused("diff", sprout_dir, broken, "--weights", says=("model.safetensors cannot be read",), code=1)
 
 
 def test_weights_under_other_names(refused: Refused, broken: Path) -> None:

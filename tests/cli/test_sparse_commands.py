@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow.artifacts.pattern import Pattern
 from regrow.engines import checkpoint
+from regrow.engines.packed import Packed
 from regrow.errors import BrokenModel
 
 ENDS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -511,7 +512,7 @@ def test_what_a_recovery_starts_from_is_in_its_key(
         "here",
     )
     monkeypatch.setattr(module, "recover", lambda *_, **__: None)
-    monkeypatch.setattr(module, "recovery_text", lambda *_, **__: torch.zeros(2, 16, dtype=torch.int64))
+    monkeypatch.setattr(module, "recovery_text", lambda *_, **__: Packed(torch.zeros(16, 16, dtype=torch.int64)))
     subject = load(str(short))
 
     def folder() -> Path:

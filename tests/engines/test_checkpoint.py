@@ -319,6 +319,12 @@ def only_pickled(folder: Path) -> None:
 def shard_missing(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def index_broken(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{")
+    (folder / "model.safetensors").unlink()
 
 
 def not_a_number(folder: Path) -> None:
@@ -355,7 +361,7 @@ DAMAGE: list[tuple[Callable[[Path], object], type[RegrowError], str]] = [
     (only_pickled, BrokenModel, r"model\.safetensors cannot be read"),
     (shard_missing, BrokenModel, "model-00002-of-00002"),
     (lambda f: (f / "model.safetensors").unlink(), BrokenModel, r"model\.safetensors cannot be read"),
-    (lambda f: (f / "model.safetensors.index.json").write_text("{"), BrokenModel, r"index\.json cannot be read"),
+    (index_broken, BrokenModel, r"index\.json cannot be read"),
     (not_a_number, BrokenModel, r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"),
     (infinite, BrokenModel, r"model\.norm\.weight holds NaN or infinite"),
     (tensor_missing, BrokenModel, r"missing: model\.layers\.1\.mlp\.up_proj\.weight"),

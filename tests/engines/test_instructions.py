@@ -227,13 +227,31 @@ def test_parts_share_no_lesson(tmp_path: Path) -> None:
 # ---- bad rows
 
 
+@pytest.mark.parametrize("empty", ["", " \n", None], ids=repr)
+def test_rows_with_an_empty_answer_are_left_out_and_counted(tmp_path: Path, empty: str | None) -> None:
+    """Alpaca's own file has some."""
+    kept = [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]
+    source = lines(tmp_path / "x.jsonl", [kept[0], {"instruction": "x", "output": empty}, kept[1]])
+    assert [d.lesson.turns[0].answer for d in documents(source, None) if d.lesson] == ["b", "e"]
+    assert texts.unanswered(source) == 1
+    assert texts.unanswered(lines(tmp_path / "y.jsonl", kept)) == 0
+    with pytest.raises(TextError, match="0 different documents"):
+        documents(lines(tmp_path / "z.jsonl", [{"prompt": "x", "completion": empty}]), None)
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "\ud83d no"}, {"prompt": "a", "completion": "b \ud83d"}], ids=["text", "lesson"]
+)
+def test_half_a_character_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(TextError, match=r"line 1 holds half a character \('\\ud83d'\)"):
+        documents(lines(tmp_path / "x.jsonl", [row]), None)
+
+
 @pytest.mark.parametrize(
     ("row", "why"),
     [
         ({"instruction": "a", "input": "b"}, "line 2: 'output' is missing"),
         ({"prompt": "a"}, "line 2: 'completion' is missing"),
-        ({"instruction": "a", "output": " \n"}, "line 2: 'output' is empty"),
-        ({"instruction": "a", "output": None}, "line 2: 'output' is empty"),
         ({"instruction": "", "output": "a"}, "line 2: 'instruction' is empty"),
         ({"instruction": "a", "output": ["b"]}, "line 2: 'output' is no text"),
         ({"instruction": "a", "input": {"b": 1}, "output": "c"}, "line 2: 'input' is no text"),

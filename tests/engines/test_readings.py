@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ def test_gram_matrices_serve_others(
 
 
 def test_a_spread_by_inputs_is_served(sprout: Subject, text: Tensor, shelf: Readings, silence: Any) -> None:
-    def mean(scores: Tensor) -> float:
-        return float(scores.mean())
+    def mean(scores: Callable[[], Iterable[Tensor]]) -> float:
+        return float(torch.cat([part.flatten() for part in scores()]).mean())
 
     wanted = layer_values(sprout.model, sprout.anatomy, text, mean)
     cut(sprout, text, dense("wanda"), kept=shelf)

@@ -343,7 +343,7 @@ def test_inputs_of_16_bits_are_added_up_in_wider_ones(sees: str, dtype: torch.dt
 
 
 def test_layers_are_valued_on_the_dense_model(sprout: Subject, text: Tensor) -> None:
-    values = layer_values(sprout.model, sprout.anatomy, text, lambda scores: float(scores.numel()))
+    values = layer_values(sprout.model, sprout.anatomy, text, lambda s: float(sum(x.numel() for x in s())))
     assert values == [sprout.anatomy.sizes["C"] ** 2 * 3 + 3 * 128 * 352] * 6
     squares: dict[str, Tensor] = {}
 
@@ -360,7 +360,7 @@ def test_layers_are_valued_on_the_dense_model(sprout: Subject, text: Tensor) -> 
     for name, linear in linears.items():
         norm = (squares[name] / len(text)).sqrt()
         expected[int(name.partition(".")[0])] += float((linear.weight.detach().abs() * norm).sum())
-    values = layer_values(sprout.model, sprout.anatomy, text, lambda scores: float(scores.sum()))
+    values = layer_values(sprout.model, sprout.anatomy, text, lambda s: float(sum(x.sum() for x in s())))
     assert values == pytest.approx(expected, rel=1e-5)
 
 
@@ -376,7 +376,7 @@ def test_the_same_text_twice_shares_zeros_alike(sprout: Subject, text: Tensor) -
 def test_a_layer_of_which_nothing_is_read_is_worth_nothing(sprout: Subject, text: Tensor) -> None:
     leave = ("layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj")
     leave += ("layers.1.self_attn.o_proj", *(f"layers.1.mlp.{end}_proj" for end in ("gate", "up", "down")))
-    values = layer_values(sprout.model, sprout.anatomy, text[:2], lambda scores: float(scores.numel()), leave=leave)
+    values = layer_values(sprout.model, sprout.anatomy, text[:2], lambda scores: float(len([*scores()])), leave=leave)
     assert [value == 0 for value in values] == [False, True, False, False, False, False]
 
 

@@ -15,12 +15,13 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForSequenceClassification
 
-from models import ids, logits, make
+from models import config_of, ids, logits, make
 from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.engines import adapters, spp_forward
-from regrow.engines.spp import SppConfig, mask_hash
+from regrow.engines.spp import TINY, SppConfig, mask_hash
 from regrow.engines.spp_layers import Linear
 from regrow.errors import IdentityError, SettingsError
 
@@ -248,6 +249,20 @@ def test_autocast(form: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(made, x, push)
     assert apart({name: value.float() for name, value in found.items()}, exact) < 0.03
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_are_narrow_under_autocast(form: str) -> None:
+    made, x = layer(form).float(), draw(3, 7, N).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(x).dtype == made.base_layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_token_without_a_batch(form: str) -> None:
+    made, x, push = layer(form), draw(N), draw(M, seed=1)
+    alone, batched = gradients(made, x, push), gradients(made, x[None], push[None])
+    assert apart({name: value.view_as(batched[name]) for name, value in alone.items()}, batched) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -658,14 +673,69 @@ def test_loading_on_a_merged_model_is_no_other_mask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_another_type_flushes_is_no_other_mask(tmp_path: Path, dtype: torch.dtype) -> None:
-    """fp16 makes zeros of weights that bf16 holds."""
+    """fp16 makes zeros of weights that bf16 holds, and rounds others."""
     base = sparse().to(torch.bfloat16)
     with torch.no_grad():
-        for kept, tiny in enumerate((1e-8, 3e-8, 5e-8, 7e-8, 9e-8, 1.2e-7)):
+        for kept, tiny in enumerate((1e-8, 3e-8, 5e-8, 7e-8, 9e-8, 1.2e-7, *(k * 2.0**-24 for k in (127, 129, 130)))):
             row = base.model.layers[1].self_attn.q_proj.weight[kept]
             row[(row != 0).nonzero()[0]] = tiny
     trained(copy.deepcopy(base), target_modules=["q_proj"]).save_pretrained(tmp_path)
     PeftModel.from_pretrained(base.to(dtype), tmp_path)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_what_is_tiny_is_tiny_in_every_type(narrow: torch.dtype) -> None:
+    """However the fp32 weight was rounded. The mutation: half a step of fp16 above zero, which bf16 holds."""
+    edge = torch.tensor(TINY).view(torch.int32) + torch.arange(-200_000, 200_000, dtype=torch.int32)
+    wide = edge.view(torch.float32)
+    assert torch.equal(wide < TINY, wide.to(narrow).float() < TINY)
+    assert torch.equal(wide.to(narrow) < TINY, wide.to(torch.bfloat16).to(torch.float16) < TINY)
+    low = 1.5 * 2.0**-24
+    near = (torch.tensor(low).view(torch.int32) + torch.arange(-999, 999, dtype=torch.int32)).view(torch.float32)
+    assert torch.equal(near < low, near.to(narrow).float() < low) == (narrow == torch.float16)
+
+
+def classifier(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config_of("llama", num_labels=3)).eval()
+
+
+def test_a_head_of_classes_is_trained_and_saved(tmp_path: Path) -> None:
+    """As under LoRA, which does it for every task but language models."""
+    adapted = get_peft_model(classifier(0), settings(task_type="SEQ_CLS"))
+    trains = [n for n, p in adapted.named_parameters() if p.requires_grad and "spp_" not in n]
+    assert trains == ["base_model.model.score.modules_to_save.default.weight"]
+    disturb(adapted, spread=0.5)
+    with torch.no_grad():
+        adapted.get_parameter(trains[0]).normal_()
+    adapted.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(classifier(0), tmp_path).eval()
+    expected = logits(adapted, ids())
+    assert torch.equal(logits(loaded, ids()), expected)
+    assert torch.allclose(logits(adapted.merge_and_unload(), ids()), expected, atol=1e-5)
+
+
+def test_some_layers_alone() -> None:
+    adapted = get_peft_model(make("llama"), settings(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2]))
+    assert sorted({name.split("layers.")[1][0] for name in layers(adapted)}) == ["0", "2"]
+
+
+def test_a_refused_adapter_freezes_nothing(tmp_path: Path) -> None:
+    """Nor does a head that it would have trained stay wrapped."""
+    saved = get_peft_model(sparse(), settings(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    saved.save_pretrained(tmp_path)
+    model = make("llama")
+    model.model.norm.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(SettingsError, match="loaded on a model with zeros"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_weights_that_are_not_loaded() -> None:
+    with pytest.raises(SettingsError, match="weights are not loaded"):
+        get_peft_model(make("llama").to("meta"), settings())
 
 
 # --- settings

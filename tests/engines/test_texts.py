@@ -39,6 +39,27 @@ def sources(tmp_path: Path) -> list[str]:
     return ["demo", jsonl(tmp_path / "again.jsonl", [f"\n {text.replace(' ', '   ')}\t" for text in reversed(squad)])]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("x.TXT", "The Nile."), ("x.Json", '[{"text": "The Nile."}]'), ("x.JSONL", '{"text": "The Nile."}\n')],
+)
+def test_a_byte_order_mark_and_capitals_in_a_name(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert documents(str(tmp_path / name), None) == [Document("x", "The Nile.")]
+
+
+def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.txt").write_text("The Nile.")
+    assert documents("~/x.txt", None) == [Document("x", "The Nile.")]
+
+
+def test_a_text_that_is_no_text_is_not_replaced_by_another_field(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": 5, "title": "The Nile"}\n')
+    with pytest.raises(TextError, match="line 1 has a field 'text' that is no text"):
+        documents(str(tmp_path / "x.jsonl"), None)
+
+
 def test_parts_share_no_document_across_sources_orders_and_white_space(tmp_path: Path) -> None:
     assert shared(sources(tmp_path)) == set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models import anatomy_of, families, make, tokenizer
@@ -167,6 +169,23 @@ def test_a_weight_that_is_not_there(tmp_path: Path) -> None:
         of_folder(tmp_path, ["model.layers.9.mlp.up_proj.weight"])
     with pytest.raises(BrokenModel, match="experts"):
         of_folder(tmp_path, ["model.layers.0.mlp.experts.down_proj"])
+
+
+def test_files_that_nobody_loads_are_not_counted(tmp_path: Path) -> None:
+    """Beside the weights: another file; one file of all weights goes before shards and their index, as it is loaded."""
+    model = make("llama")
+    names = prunable(anatomy_of(model))
+    checkpoint.write(model, tokenizer(), tmp_path, torch.float32, None)
+    before = of_folder(tmp_path, names)
+    empty = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+    save_file(empty, tmp_path / "zz_optimizer.safetensors")
+    assert of_folder(tmp_path, names) == before
+    shard = {"weight_map": dict.fromkeys(names, "zz_optimizer.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(shard))
+    assert of_folder(tmp_path, names) == before
+    assert checkpoint.weight_files(tmp_path) == ["model.safetensors"]
+    (tmp_path / "model.safetensors").unlink()
+    assert of_folder(tmp_path, names).share == 1
 
 
 # ---- who is counted

@@ -174,6 +174,13 @@ def test_where_text_to_measure_comes_from(tmp_path: Path) -> None:
     (tmp_path / "x.md").write_text("as it is\n\nall of it\n")
     whole = {"split": "the whole file", "join": "as it is"}
     assert read_text(str(tmp_path / "x.md")) == ("x.md", "as it is\n\nall of it\n", whole)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"tale {i}"}) + "\n" for i in range(50)))
+    name, text, origin = read_text(str(tmp_path / "x.jsonl"))
+    assert (name, origin["documents"]) == ("x.jsonl", 50)
+    assert text == "\n\n".join(f"tale {i}" for i in range(50))
+    name, text, origin = read_text(f"heldout:{tmp_path / 'x.jsonl'}")
+    held = {document.text for document in documents(str(tmp_path / "x.jsonl"), "heldout")}
+    assert (name, origin["split"], set(text.split("\n\n"))) == ("x.jsonl held out", "held out", held)
     (tmp_path / "bytes").write_bytes(b"\xff\xff")
     with pytest.raises(TextError, match="UTF-8"):
         read_text(str(tmp_path / "bytes"))

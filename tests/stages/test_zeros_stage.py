@@ -199,6 +199,22 @@ def test_the_embedding_alone(sprout: Subject) -> None:
     assert not sparsify.apply(sprout, more, None, seed=0).notes
 
 
+def test_zeros_of_one_matrix_are_not_filled_in_silence(sprout: Subject) -> None:
+    """Half of one matrix is far from 5 % of the model, which is not refused then."""
+    ends = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    sparsify.apply(sprout, Sparsify(pattern="50%", criterion="magnitude", leave=ends), None, seed=0)
+    assert of_model(sprout.model, sprout.anatomy).share < SPARSE
+    again = copy.deepcopy(sprout)
+    empty = {name: weight == 0 for name, weight in sprout.model.named_parameters() if "k_proj" in name}
+    text = torch.randint(3, 2000, (2, 32), generator=torch.Generator().manual_seed(0))
+    found = sparsify.apply(sprout, Sparsify(pattern="3:4", criterion="sparsegpt"), text, seed=0)
+    (note,) = (note for note in found.notes if "zeros of matrices that were sparse" in note)
+    filled = sum(int((sprout.model.get_parameter(name)[mask] != 0).sum()) for name, mask in empty.items())
+    assert int(note.split()[0].replace(",", "")) == filled > 0
+    kept = sparsify.apply(again, Sparsify(pattern="3:4", criterion="sparsegpt", existing="keep"), text, seed=0)
+    assert not any("zeros of matrices" in note for note in kept.notes)
+
+
 def test_few_zeros_in_the_embedding_are_no_negative_rounding(sprout: Subject) -> None:
     asked = Sparsify(pattern="3%", criterion="magnitude", also=("embed_tokens",))
     assert not sparsify.apply(sprout, asked, None, seed=0).notes

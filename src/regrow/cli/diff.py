@@ -87,6 +87,8 @@ def checkpoints(one: Path, other: Path) -> tuple[list[list[str]], list[str], dic
 
     anatomies = []
     for folder in (one, other):
+        if not folder.is_dir():
+            raise InputError(f"{folder} is no folder", "two folders of models", "check the path")
         check_files(folder)
         anatomies.append(bind_any(read_config(folder))[0])
     names, shapes = names_in(one, anatomies[0]), [{t.name: t.shape for t in a.tensors} for a in anatomies]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import gc
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from regrow.cache import settle
 from regrow.engines import hetero
 from regrow.engines.demo import demo_model
 from regrow.engines.room import give_back
@@ -107,15 +107,20 @@ MASKS = (".attention.bias", ".attn.bias", ".masked_bias")  # causal masks that o
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that `from_pretrained` reads: one of all weights, or those of an index."""
+    index = folder / "model.safetensors.index.json"
+    whole = (folder / "model.safetensors").exists() or not index.exists()
+    return ["model.safetensors"] if whole else sorted(set(read_json(index)["weight_map"].values()))
+
+
 def check_files(folder: Path) -> torch.dtype:
     """Open every weight file and return the type that most weights are stored in; masks and counters may be integers.
 
     Raises `BrokenModel` naming a truncated, corrupt or missing file, `QuantisedModel` for weights in anything else.
     """
-    index = folder / "model.safetensors.index.json"
-    wanted = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
     found: list[str] = []
-    for name in sorted(wanted):
+    for name in weight_files(folder):
         try:
             with safe_open(folder / name, "pt") as file:
                 kinds = [file.get_slice(key).get_dtype() for key in file.keys() if "weight" in key]  # noqa: SIM118
@@ -247,11 +252,7 @@ def _flush(folder: Path) -> None:
     """Everything on disk, and readable by those who may read the folder, before the name appears."""
     for path in [*folder.rglob("*"), folder]:
         path.chmod(0o755 if path.is_dir() else 0o644)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    settle(folder)
 
 
 def write(

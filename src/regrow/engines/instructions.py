@@ -57,6 +57,13 @@ def kind(fields: Container[str]) -> str:
     return next(iter(whole or ([] if "text" in fields else asked)), "text")
 
 
+def no_answer(row: Mapping[str, Any]) -> bool:
+    """Whether the field for the answer of an instruction is there and empty, as in some rows of Alpaca."""
+    found = kind(row)
+    answer = FIELDS.get(found, ("",))[-1]
+    return found not in ("text", "messages") and answer in row and not str(row[answer] or "").strip()
+
+
 def read_lesson(row: Mapping[str, Any], where: str) -> Lesson:
     """The lesson in a row whose `kind` is not `text`; errors say `where` it is. Raises `TextError`."""
     found = kind(row)

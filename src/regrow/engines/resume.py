@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.cache import replacing
+from regrow.cache import replacing, settle
 from regrow.errors import OutputError, SettingsError
 
 COMPLETE = "complete"  # the mark
@@ -31,6 +31,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def mark_complete(checkpoint: Path) -> None:
+    """The mark comes after everything else is on disk."""
+    settle(checkpoint)
     (checkpoint / COMPLETE).touch()
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import ModulesToSaveWrapper, register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import nn
 
@@ -37,7 +37,7 @@ def _enlist(name: str) -> Any:
 
 
 SPP: Any = _enlist("SPP")
-TINY = 1.5 * 2.0**-24  # between the two smallest numbers of fp16: types that hold fewer round to either side alike
+TINY = 129.5 * 2.0**-24  # fp16 and bf16 both round what is below down, and what is not up: their steps are equal here
 
 
 @dataclass
@@ -50,6 +50,9 @@ class SppConfig(PeftConfig):  # type: ignore[misc]
     form: str = field(default="auto", metadata={"help": "auto, checkpointed, lean or folded: equal results"})
     target_modules: list[str] | str | None = field(default="all-linear", metadata={"help": "as in LoRA"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "as in LoRA"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "as in LoRA"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "as in LoRA"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "as in LoRA: trained whole, and saved"})
     mask_hash: str | None = field(default=None, metadata={"help": "of the zeros it was trained on; set by itself"})
 
     def __post_init__(self) -> None:
@@ -133,6 +136,13 @@ class SppModel(BaseTuner):  # type: ignore[misc]
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """The adapter remembers the zeros it was made for. Raises `SettingsError` on a model with others, or a rank
         that does not divide, and leaves the model as it was."""
+        asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        if any(parameter.is_meta for parameter, _ in asked):
+            raise SettingsError(
+                "SPP on a model whose weights are not loaded (they are on the meta device)",
+                "a model in memory: an adapter remembers where its weights are zero",
+                "load it on a CPU or a GPU first",
+            )
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config, found = self.peft_config[adapter_name], mask_hash(model, adapter_name)
@@ -144,23 +154,30 @@ class SppModel(BaseTuner):  # type: ignore[misc]
                 )
         except SettingsError:
             withdraw(model, adapter_name)
+            for parameter, trains in asked:
+                parameter.requires_grad_(trains)
             raise
         self.peft_config[adapter_name] = copy.copy(config)  # the caller's may serve another model
         self.peft_config[adapter_name].mask_hash = found
 
 
 def withdraw(model: nn.Module, adapter: str) -> None:
-    """Take an adapter off, and what held it off every layer that has no other."""
+    """Take an adapter off, and what held it off every module that has no other."""
     for name, module in list(model.named_modules()):
+        base: nn.Module | None = None
         if isinstance(module, SppLayer) and adapter in module.r:
             cast(Any, module).delete_adapter(adapter)
-            if not module.r:
-                parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, module.base_layer)
+            base = None if module.r else module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            del module.modules_to_save[adapter]
+            base = None if module.modules_to_save else module.original_module
+        if base is not None:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, base)
 
 
 def mask_hash(model: nn.Module, adapter: str) -> str:
-    """16 hex digits of where the weights under an adapter are zero, or too small for any 16-bit type."""
+    """16 hex digits of where the weights under an adapter are zero, or so small that 16-bit types may differ."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         if isinstance(module, SppLayer) and adapter in module.r:

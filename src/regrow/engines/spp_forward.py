@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from regrow.engines.room import memory_of
@@ -125,17 +126,19 @@ class _Adapted(torch.autograd.Function):
             return whole
         runs = zip(alpha, weight.chunk(len(alpha)), strict=True)
         added = torch.cat([F.linear(read * a, w) for a, w in runs], -1)  # (..., m)
-        y: Tensor = F.linear(x, weight, bias) + ctx.scale * beta * added
+        plain = F.linear(x, weight, bias)
+        y: Tensor = plain + (ctx.scale * beta * added).to(plain.dtype)  # factors are wider under autocast
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         read, weight, alpha, beta = ctx.saved_tensors  # read (..., n): x, or what dropout left of it
         (grad,) = grads  # (..., m), under autocast in another type than x and the weight
         back = torch.zeros_like(read) if ctx.needs_input_grad[0] else None
         through = torch.zeros_like(read) if ctx.needs_input_grad[1] else None  # what was dropped
         downs, ups = torch.empty_like(alpha), torch.empty_like(beta)  # (r, n), (m,)
-        rows = read.flatten(0, -2).to(grad.dtype)  # (T, n)
+        rows = read.reshape(-1, read.shape[-1]).to(grad.dtype)  # (T, n)
         trained = zip(alpha.chunk(ctx.parts), beta.chunk(ctx.parts), strict=True)
         grown = zip(downs.chunk(ctx.parts), ups.chunk(ctx.parts), strict=True)
         pushed = zip(grad.chunk(ctx.parts, -1), weight.chunk(ctx.parts), strict=True)
@@ -145,13 +148,13 @@ class _Adapted(torch.autograd.Function):
                 back += g @ (w + added if ctx.whole else w).to(g.dtype)
             if through is not None:
                 through += g @ added.to(g.dtype)
-            outer = g.flatten(0, -2).T @ rows  # (m / parts, n)
+            outer = g.reshape(-1, g.shape[-1]).T @ rows  # (m / parts, n)
             outer *= w
             outer *= ctx.scale
             runs = outer.view(len(a), -1, outer.shape[1]).to(a.dtype)
             up.copy_(torch.einsum("kin,kn->ki", runs, a).flatten())
             down.copy_(torch.einsum("kin,ki->kn", runs, b.view(len(a), -1)))
-        push = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None  # (m,)
+        push = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None  # (m,)
         return back, through, None, push, downs, ups, None
 
 

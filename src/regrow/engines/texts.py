@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regrow.engines.demo import wheel_file
-from regrow.engines.instructions import FIELDS, ROWS, Lesson, alpaca, kind, read_lesson
+from regrow.engines.instructions import FIELDS, ROWS, Lesson, alpaca, kind, no_answer, read_lesson
 from regrow.errors import TextError
 
 Part = Literal["calibration", "recovery", "heldout"]
 
-FORMS = "demo, demo:DOMAIN, a .txt, .json, .jsonl or .parquet file, or hub:NAME[/CONFIG][:SPLIT][#COLUMN]"
+FORMS = "demo, demo:DOMAIN, a .txt, .json, .jsonl or .parquet file, or hub:OWNER/NAME[/CONFIG][:SPLIT][#COLUMN]"
+CODE = "utf-8-sig"  # a mark at the beginning, which some programs write, is no text
 LEAST_CHARACTERS = 200  # shorter paragraphs of a .txt file join the next one
 HUB_DOCUMENTS = 100_000  # rows of a hub dataset that are read unless SPLIT says otherwise
 
@@ -79,25 +80,43 @@ def fingerprint(source: str) -> str:
     return content.hexdigest()[:16]
 
 
-def shared(text: str, documents: Iterable[Document]) -> int:
-    """How many paragraphs of `text` (of `LEAST_CHARACTERS` or more, as a .txt file is read) are among `documents`."""
-    mine = {_normalised(paragraph) for paragraph in paragraphs(text)}
+def shared(texts: Iterable[str], documents: Iterable[Document]) -> int:
+    """How many paragraphs of `texts` (as a .txt file is read) are among `documents`.
+
+    Short ones, which many texts may have, count where there are no others.
+    """
+    mine = {_normalised(paragraph) for text in texts for paragraph in paragraphs(text)}
     theirs = {_normalised(piece) for document in documents for piece in paragraphs(document.text)}
-    return len({paragraph for paragraph in mine & theirs if len(paragraph) >= LEAST_CHARACTERS})
+    long = {paragraph for paragraph in mine if len(paragraph) >= LEAST_CHARACTERS}
+    return len((long or mine) & theirs)
 
 
 def _normalised(text: str) -> str:
     return " ".join(text.split())
 
 
+def is_rows(path: Path) -> bool:
+    """Whether a file holds rows, not text as it is."""
+    return _READERS.get(path.suffix.lower(), _paragraphs) is not _paragraphs
+
+
+def unanswered(source: str) -> int:
+    """How many rows of instructions have an empty answer; they are left out."""
+    return sum(document is None for document in _read_rows(source))
+
+
 def _read(source: str) -> Iterable[Document]:
+    return [document for document in _read_rows(source) if document is not None]
+
+
+def _read_rows(source: str) -> Iterable[Document | None]:
     name, _, rest = source.partition(":")
     if name == "demo":
         return _demo(rest, source)
     if name == "hub":
         return _hub(source)
-    path = Path(source)
-    reader = _READERS.get(path.suffix)
+    path = Path(source).expanduser()
+    reader = _READERS.get(path.suffix.lower())
     if reader is None or not path.is_file():
         raise _no_source(f"text source {source!r} does not exist" if reader else f"{source!r} is no text source")
     try:
@@ -170,18 +189,18 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def _paragraphs(path: Path) -> Iterator[Document]:
-    return (Document(path.stem, text) for text in paragraphs(path.read_text(encoding="utf-8")))
+    return (Document(path.stem, text) for text in paragraphs(path.read_text(encoding=CODE)))
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding=CODE).split("\n"), 1):
         if line.strip():
             yield f"line {number}", _parsed(path, line, f"line {number}")
 
 
 def _json_list(path: Path) -> Iterator[Row]:
     """The rows of a list, or of an object's only list."""
-    data = _parsed(path, path.read_text(encoding="utf-8"), "it")
+    data = _parsed(path, path.read_text(encoding=CODE), "it")
     lists = [value for value in (data.values() if isinstance(data, dict) else [data]) if isinstance(value, list)]
     if len(lists) != 1:
         raise _unreadable(path, "it is neither a list nor an object with one list")
@@ -210,10 +229,10 @@ def _columns(path: Path) -> Iterator[Row]:
     return ((f"row {number}", row) for number, row in enumerate(rows, 1) if wanted != ["text"] or row["text"])
 
 
-def _documents(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Document]]:
-    """What `rows` reads of a file, as documents of one kind."""
+def _documents(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Document | None]]:
+    """What `rows` reads of a file, as documents of one kind; None for a row without an answer."""
 
-    def read(path: Path) -> Iterator[Document]:
+    def read(path: Path) -> Iterator[Document | None]:
         first = ""
         for where, row in rows(path):
             if not isinstance(row, dict):
@@ -228,15 +247,28 @@ def _documents(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterat
             if found == "text" and row.get("text", "") is None:
                 continue
             if found == "text":
-                yield Document(path.stem, _text(path, where, row))
+                yield _sound(path, where, Document(path.stem, _text(path, where, row)))
+            elif no_answer(row):
+                yield None
             else:
-                yield _lesson(path.stem, row, f"{path}: {where}")
+                yield _sound(path, where, _lesson(path.stem, row, f"{path}: {where}"))
 
     return read
 
 
+def _sound(path: Path, where: str, document: Document) -> Document:
+    """JSON may spell half a character, which no tokenizer takes."""
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        raise _unreadable(path, f"{where} holds half a character ({document.text[error.start]!r})") from error
+    return document
+
+
 def _text(path: Path, where: str, row: Mapping[str, Any]) -> str:
     strings = {name: value for name, value in row.items() if isinstance(value, str)}
+    if "text" in row and "text" not in strings:
+        raise _unreadable(path, f"{where} has a field 'text' that is no text")
     if "text" not in strings and len(strings) != 1:
         raise _unreadable(path, f"{where} has no field 'text'; its fields of text are {[*strings]}")
     return strings["text"] if "text" in strings else next(iter(strings.values()))
@@ -247,7 +279,7 @@ def _lesson(domain: str, row: Mapping[str, Any], where: str) -> Document:
     return Document(domain, "".join(piece for piece, _ in alpaca(lesson)), lesson)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Document | None]]] = {
     ".txt": _paragraphs,
     ".json": _documents(_json_list),
     ".jsonl": _documents(_json_lines),
@@ -259,7 +291,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
 
 
 @cache
-def _hub(source: str) -> tuple[Document, ...]:
+def _hub(source: str) -> tuple[Document | None, ...]:
     match = _HUB.fullmatch(source.removeprefix("hub:"))
     if match is None:
         raise _no_source(f"{source!r} names no hub dataset")
@@ -274,7 +306,10 @@ def _hub(source: str) -> tuple[Document, ...]:
             f"hub dataset {source!r} cannot be loaded: {error}", FORMS, "check the name and the network"
         ) from error
     if match["column"] is None and found and kind([*found[0], "text"]) != "text":  # else a column may be named
-        return tuple(_lesson(name, row, f"{name}: row {number}") for number, row in enumerate(found, 1))
+        return tuple(
+            None if no_answer(row) else _lesson(name, row, f"{name}: row {number}")
+            for number, row in enumerate(found, 1)
+        )
     texts = sorted({name for row in found for name, value in row.items() if isinstance(value, str)})
     if column not in texts:
         raise TextError(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.sparsity import GROUPS, SPARSE, Sparsity, Zeros
+from regrow.engines.checkpoint import weight_files
 from regrow.errors import BrokenModel
 
 KERNELS = {"cuSPARSELt": (16, 16), "CUTLASS": (32, 64)}
@@ -124,9 +125,9 @@ def stored(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
 def _places(folder: Path) -> dict[str, Path]:
     """The file of every tensor."""
     where: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
+    for name in weight_files(folder):
+        with safe_open(folder / name, "pt") as file:
+            where.update(dict.fromkeys(file.keys(), folder / name))
     return where
 
 

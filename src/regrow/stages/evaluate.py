@@ -17,7 +17,7 @@ from regrow.artifacts.shape import Anatomy, Shape, costs
 from regrow.engines.clock import PeakMemory, measure_speed
 from regrow.engines.perplexity import score_text
 from regrow.engines.tasks import check_tasks, evaluate_tasks
-from regrow.engines.texts import documents
+from regrow.engines.texts import documents, is_rows
 from regrow.engines.tokens import text_blocks
 from regrow.errors import TextError
 from regrow.settings import Evaluate
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 WORDS = 24  # new tokens of a sample
+HELD = "heldout:"  # before the name of a file
 
 
 def check_asked(settings: Evaluate) -> None:
@@ -116,11 +117,15 @@ def _seqlen(model: PreTrainedModel, settings: Evaluate) -> int:
 
 
 def read_text(source: str) -> tuple[str, str, dict[str, Any]]:
-    """(name, text, where it is from): a file as it is, or the held-out documents of a source, in a fixed random order.
+    """(name, text, where it is from): a file whole, or the held-out documents of a source, in a fixed random order.
 
-    Sources list one domain after the other; shuffled, the first tokens are of all of them.
+    A file is text as it is, or rows, which blank lines join; `heldout:FILE` is a source. Sources list one domain after
+    the other; shuffled, the first tokens are of all of them.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
+    if path.is_file() and is_rows(path):
+        rows = [document.text for document in documents(source, None)]
+        return path.name, "\n\n".join(rows), {"split": "the whole file", "join": "blank lines", "documents": len(rows)}
     if path.is_file():
         try:
             return path.name, path.read_text(encoding="utf-8"), {"split": "the whole file", "join": "as it is"}
@@ -128,11 +133,13 @@ def read_text(source: str) -> tuple[str, str, dict[str, Any]]:
             raise TextError(
                 f"{path} is not text ({error.reason})", "a UTF-8 text file", "convert it to UTF-8"
             ) from error
-    found = documents(source, "heldout")
+    plain = source.removeprefix(HELD)
+    found = documents(plain, "heldout")
     Random(0).shuffle(found)
     domains = sorted({document.domain for document in found})
     origin = {"split": "held out", "join": "blank lines", "documents": len(found), "domains": domains}
-    return f"{source.replace('/', '-')} held out", "\n\n".join(document.text for document in found), origin
+    name = source.replace("/", "-") if plain == source else Path(plain).name
+    return f"{name} held out", "\n\n".join(document.text for document in found), origin
 
 
 def sizes(anatomy: Anatomy, shape: Shape) -> dict[str, Measure]:

@@ -20,7 +20,7 @@ from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.share import ZERO_SPREADS, share
 from regrow.artifacts.sparsity import SPARSE, Sparsity
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA, WeightCriterion
-from regrow.engines import checkpoint, zeros
+from regrow.engines import checkpoint, masks, zeros
 from regrow.engines.bind import Subject
 from regrow.engines.inputs import named
 from regrow.engines.readings import Readings
@@ -228,6 +228,7 @@ def apply(
     `kept` holds readings of dense inputs, or will; it is for this model and these blocks.
     """
     asked, method = check(subject, settings), choose(settings)
+    empty = None if settings.existing == "keep" else masks.masks_of(subject.model, subject.anatomy)
     patterns = spread(subject, settings, asked, blocks, seed=seed, kept=kept, progress=progress)
     say = None if progress is None else lambda done, total: progress("sparsify", done, total)
     model, anatomy = subject.model, subject.anatomy
@@ -244,6 +245,9 @@ def apply(
         notes.append(
             f"{vanished:,} kept weights are too small for {str(subject.store).removeprefix('torch.')}: zero too"
         )
+    filled = 0 if empty is None else sum(masks.lost(model, empty).values())
+    if filled:
+        notes.append(f"{filled:,} zeros of matrices that were sparse before are filled; --existing keep leaves them")
     return Sparsified(asked, tuple(patterns), tuple(done), found, tuple(notes))
 
 
