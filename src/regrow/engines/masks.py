@@ -22,8 +22,10 @@ Masks = Mapping[str, Tensor]  # by name of the weight, True where it is zero
 
 def masks_of(model: Any, anatomy: Anatomy) -> Masks | None:
     """Where the weights whose zeros count are zero; None for a model of which no matrix is sparse."""
-    found = {name: weight.detach() == 0 for name, weight in left(model, anatomy).items()}
-    return found if any(is_sparse(int(mask.sum()), mask.numel()) for mask in found.values()) else None
+    weights = {name: weight.detach() for name, weight in left(model, anatomy).items()}
+    if not any(is_sparse(int((weight == 0).sum()), weight.numel()) for weight in weights.values()):
+        return None
+    return {name: weight == 0 for name, weight in weights.items()}
 
 
 @contextmanager
