@@ -9,7 +9,16 @@ from typing import Any
 
 Rows = dict[str, dict[str, Any]]
 PATTERNS = ("50%", "2:4", "75%", "2:8")
-CURVE = ["start, method", "rate", "trained numbers", "tokens", "perplexity", "gap closed", "weights changed"]
+CURVE = [
+    "start, method",
+    "rate",
+    "trained numbers",
+    "tokens",
+    "perplexity",
+    "gap closed",
+    "held-out loss",
+    "weights changed",
+]
 FAILED = ("alps, both (mend 1)",)  # docs/log.md has the reason
 ARMS = ("spp", "lora-masked", "hira", "ia3", "full", "spp, teacher")
 
@@ -129,7 +138,9 @@ def trained_on(spp: dict[str, Any]) -> str:
     return (
         f"SparseGPT's zeros and the demo's recovery text, seed 0; rank {settings['adapters']['rank']}, scale "
         f"{settings['adapters']['alpha'] // settings['adapters']['rank']}, no dropout; {tokens:,} tokens a step, "
-        f"warm-up and then a constant rate, the best of {len(settings['rates'])} for each method on held-out text."
+        f"warm-up and then a constant rate, the best of {len(settings['rates'])} for each method on held-out text. "
+        "Perplexity is that of WikiText-2; held-out loss, in nats, that of text like the one trained on (dense "
+        f"{spp['rows']['dense']['heldout']:.3f})."
     )
 
 
@@ -216,7 +227,8 @@ def curve_rows(rows: Rows) -> list[list[str]]:
         if f"{start} start" not in rows:
             continue
         begin = rows[f"{start} start"]["perplexity"]
-        body.append([f"{start}, untrained", "-", "-", "0", f"{begin:.1f}", "-", "-"])
+        held = rows[f"{start} start"]["heldout"]
+        body.append([f"{start}, untrained", "-", "-", "0", f"{begin:.1f}", "-", f"{held:.3f}", "-"])
         for arm in ARMS:
             trained = [r for k, r in rows.items() if k.startswith(f"{start} {arm} rate ") and "perplexity" in r]
             for row in sorted(trained, key=lambda r: r["tokens"]):
@@ -229,6 +241,7 @@ def curve_rows(rows: Rows) -> list[list[str]]:
                         f"{row['tokens']:,}",
                         f"{row['perplexity']:.1f}",
                         f"{100 * closed:.0f} %",
+                        f"{row['heldout']:.3f}",
                         f"{100 * row['changed']:.0f} %",
                     ]
                 )
