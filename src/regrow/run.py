@@ -332,6 +332,7 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     blocks, heldout = (
         recovery_text(subject, asked, part, count=count, seed=seed) for part, count, seed in recovery_parts(recipe)
     )
+    empty = unanswered(asked.text)  # now, while the text is surely there
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
     with cache.held(work, "this recovery"):
         found = recover(
@@ -341,7 +342,7 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     if text <= asked.tokens - asked.block:
         again = f"trained {asked.tokens / text:.1f} times over a recovery text of {text:,} tokens"
         found = replace(found, notes=(*found.notes, again))
-    if empty := unanswered(asked.text):
+    if empty:
         found = replace(found, notes=(*found.notes, f"{empty:,} rows of the recovery text have no answer: left out"))
     return found, work
 
