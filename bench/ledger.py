@@ -1,8 +1,9 @@
 """What every bench writes: one JSON with the command, machine, versions, seeds and rows; partial runs go on.
 
 A row has a key; a key that is there is not measured again, unless the command says `--fresh`. Each row carries when, by
-which commit and in how many threads it was measured. The file is replaced whole after every row, under a lock and with
-the rows that another process has added meanwhile, so several may share one bench: a job is claimed before it begins.
+which commit, in how many threads and with whose matrix products it was measured. The file is replaced whole after every
+row, under a lock and with the rows that another process has added meanwhile, so several may share one bench: a job is
+claimed before it begins.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.cache import cache_dir
+from regrow.engines import products
 from regrow.engines.clock import machine
 
 RESULTS = Path(__file__).with_name("results")
@@ -49,6 +51,7 @@ class Ledger:
         self.path = RESULTS / f"{name}.json"
         if FRESH:
             self.path.unlink(missing_ok=True)
+        products.speed_up()
         old = json.loads(self.path.read_text()) if self.path.exists() else {}
         if old and old["settings"] != json.loads(json.dumps(settings)):
             sys.exit(f"{self.path} was measured with other settings: move it away to start anew\n{old['settings']}")
@@ -60,7 +63,8 @@ class Ledger:
             "machine": machine(),
             "rows": old.get("rows", {}),
         }
-        self.code = {"commit": commit(), "threads": self.data["machine"]["torch_threads"]}  # what runs, until it ends
+        machine_ = self.data["machine"]  # what runs, until it ends
+        self.code = {"commit": commit(), "threads": machine_["torch_threads"], "products": machine_["fp32_products"]}
 
     def row(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row under `key`, measured now unless it is there."""
