@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from regrow.artifacts.mask import SAMPLE, Within, lowest, lowest_of_counts, lowest_of_groups, lowest_of_rows, smallest
+from regrow.artifacts.mask import Within, lowest, lowest_of_counts, lowest_of_groups, lowest_of_rows, smallest
 from regrow.artifacts.pattern import Pattern
 from regrow.errors import SettingsError
 
@@ -136,10 +136,19 @@ def test_columns_that_move_together_move_the_mask() -> None:
         assert same is moves
 
 
-@pytest.mark.parametrize("size", [1, 7, SAMPLE, 3 * SAMPLE + 5, 20 * SAMPLE])
-def test_the_smallest_by_a_sample_is_the_smallest_by_a_sort(size: int) -> None:
-    torch.manual_seed(size)
-    misleading = torch.arange(size) % max(1, size // SAMPLE)  # every entry that the sample looks at is 0
-    for values in (torch.rand(size), torch.randint(0, 5, (size,)).float(), torch.ones(size), misleading.float()):
-        for k in {1, 1 + size // 3, (size + 1) // 2, size}:
-            assert smallest(values, k) == values.sort().values[k - 1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_smallest_by_selection_is_the_smallest_by_a_sort(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    size = 5000
+    for row in (torch.rand(size), torch.randint(0, 5, (size,)).float(), torch.ones(size), torch.full((size,), -0.0)):
+        scores = torch.stack([row, row.flip(0), row.roll(7)]).to(dtype)[:, : size - 1]  # rows that do not lie together
+        before = scores.clone()
+        for k in (1, size // 3, size // 2, size - 1):
+            assert torch.equal(smallest(scores, k), scores.sort(1).values[:, k - 1 : k])
+        assert torch.equal(scores, before)
+
+
+def test_scores_that_are_no_numbers_are_the_largest() -> None:
+    scores = torch.tensor([[float("nan"), 2.0, 1.0, float("inf")]])
+    assert smallest(scores, 2).item() == 2
+    assert lowest_of_rows(scores, 2).tolist() == [[False, True, True, False]]

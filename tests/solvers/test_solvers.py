@@ -11,7 +11,7 @@ import torch
 from problems import COLUMNS, NAMES, ROWS, begin, error, inputs, least_squares, problem, solve, weights
 from torch import Tensor
 
-from regrow.artifacts.curvature import RUN, Curvature, invert
+from regrow.artifacts.curvature import RUN, Curvature, inverse_root
 from regrow.artifacts.linear import Inputs, Linear, Sparse
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.weight_sight import WEIGHT_CRITERIA
@@ -359,13 +359,21 @@ def test_an_empty_weight_goes_first_however_high_its_score() -> None:
 # ---- curvature
 
 
-def test_a_triangular_matrix_is_inverted_by_halves() -> None:
+def test_a_root_is_found_by_halves() -> None:
     torch.manual_seed(0)
-    upper = torch.linalg.cholesky(torch.cov(torch.randn(301, 900, dtype=torch.float64))).T.contiguous()
-    assert len(upper) > 2 * RUN, "two levels of halves"
-    found = invert(upper.clone())
-    assert torch.allclose(found @ upper, torch.eye(301, dtype=torch.float64), atol=1e-12)
+    gram = torch.cov(torch.randn(301, 900, dtype=torch.float64))
+    assert len(gram) > 2 * RUN, "two levels of halves"
+    found = torch.zeros_like(gram)
+    assert int(inverse_root(gram, found)) == 0
+    assert torch.allclose(found @ gram @ found.T, torch.eye(301, dtype=torch.float64), atol=1e-12)
     assert torch.equal(found, found.triu())
+
+
+@pytest.mark.parametrize("at", [0, 150, 300])
+def test_a_root_of_what_is_not_positive_is_told(at: int) -> None:
+    gram = torch.eye(301)
+    gram[at, at] = -1
+    assert int(inverse_root(gram, torch.zeros_like(gram))) > 0
 
 
 def test_the_factor_and_what_follows_from_it() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from regrow.errors import BrokenModel
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 STRIPE = 192  # columns of a product with the Gram matrix that are taken together
-RUN = 96  # columns of a triangular matrix that are inverted by substitution
+RUN = 96  # columns whose root is found by a Cholesky factorisation and a substitution
 STEPS = 6  # times the damping is raised, tenfold each, before giving up
 
 
@@ -48,7 +48,7 @@ class Curvature:
 
     @cached_property
     def factor(self) -> torch.Tensor:
-        """(n, n) fp32 upper triangular U with U^T U = gram^-1 (SparseGPT 3.2): one Cholesky and one inversion.
+        """(n, n) fp32 upper triangular U with U^T U = gram^-1 (SparseGPT 3.2).
 
         When the damped matrix is not positive definite in fp32 the damping is raised tenfold, stepwise, and `gram`
         follows; `raised` says how far. Raises `BrokenModel` when nothing helps.
@@ -60,9 +60,9 @@ class Curvature:
             if step:
                 damping = self.raised = 10 * damping
                 self.gram = self._damped(damping)
-            lower, bad = torch.linalg.cholesky_ex(self.gram.flip(0, 1))
-            if not int(bad):
-                return invert(lower.flip(0, 1))
+            found = torch.zeros_like(self.gram)
+            if not int(inverse_root(self.gram, found)):
+                return found
         raise BrokenModel(
             f"the inputs' Gram matrix is singular even with a damping of {damping:g}",
             "finite, varied inputs",
@@ -104,14 +104,22 @@ class Curvature:
         return weight + pull @ factor.T @ factor
 
 
-def invert(upper: torch.Tensor) -> torch.Tensor:
-    """An upper triangular matrix (n, n), in place, by halves down to `RUN`: products are faster than substitution."""
+def inverse_root(gram: torch.Tensor, found: torch.Tensor) -> torch.Tensor:  # (n, n), (n, n) -> () int32
+    """Fill `found`, zeros, with the upper triangular U with U^T U = gram^-1; more than 0 when `gram` is not positive.
+
+    By halves down to `RUN`, from the last columns on: products are faster than a factorisation and a substitution.
+    """
     import torch
 
-    half = len(upper) // 2
-    if len(upper) <= RUN:
-        eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-        return upper.copy_(torch.linalg.solve_triangular(upper, eye, upper=True))
-    corner = upper[:half, half:]
-    corner.copy_(invert(upper[:half, :half]) @ corner @ invert(upper[half:, half:])).neg_()
-    return upper
+    half = len(gram) // 2
+    if len(gram) <= RUN:
+        lower, bad = torch.linalg.cholesky_ex(gram.flip(0, 1))  # bad () int32
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        found.copy_(torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True))
+        return cast(torch.Tensor, bad)
+    first, last = found[:half, :half], found[half:, half:]
+    bad = inverse_root(gram[half:, half:], last)
+    edge = gram[:half, half:] @ last.T  # (n / 2, n / 2) of the root itself
+    bad = bad + inverse_root(torch.addmm(gram[:half, :half], edge, edge.T, alpha=-1), first)
+    found[:half, half:] = (first @ edge @ last).neg_()
+    return bad

@@ -17,7 +17,6 @@ Within = Literal["row", "matrix", "block"]
 """Who competes for a percentage: the weights of one output, all of a linear, or all rows of 128 neighbouring inputs."""
 
 BLOCK = 128
-SAMPLE = 4096  # values, at most twice as many, between two of which the one that is sought should lie
 
 
 def lowest(scores: torch.Tensor, pattern: Pattern, within: Within) -> torch.Tensor:  # (m, n) -> (m, n) bool
@@ -45,7 +44,7 @@ def lowest_of_rows(scores: torch.Tensor, count: int) -> torch.Tensor:  # (m, n) 
 
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    edge = smallest(scores[0], count) if len(scores) == 1 else scores.kthvalue(count, dim=1, keepdim=True).values
+    edge = smallest(scores, count)
     gone = scores <= edge
     if int(gone.sum()) > count * len(scores):  # ties at the edge: the lower columns go
         below, level = scores < edge, scores == edge
@@ -53,15 +52,14 @@ def lowest_of_rows(scores: torch.Tensor, count: int) -> torch.Tensor:  # (m, n) 
     return gone
 
 
-def smallest(values: torch.Tensor, k: int) -> torch.Tensor:  # (n,) -> ()
-    """The k-th smallest, from 1: a sample says between which two it must lie, and only what lies there is looked at."""
-    sample = values[:: max(1, len(values) // SAMPLE)]
-    place, room = k * len(sample) // len(values), SAMPLE // 32
-    low = sample.kthvalue(max(1, place - room)).values
-    high = sample.kthvalue(min(len(sample), place + room)).values
-    near = values[(values >= low) & (values <= high)]
-    rest = k - int((values < low).sum())
-    return (near.kthvalue(rest) if 1 <= rest <= len(near) else values.kthvalue(k)).values
+def smallest(scores: torch.Tensor, k: int) -> torch.Tensor:  # (m, n) -> (m, 1)
+    """The k-th smallest of each row, from 1. On a CPU numpy selects ten times as fast as torch."""
+    import numpy
+    import torch
+
+    if scores.is_cpu and scores.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(numpy.partition(scores.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+    return scores.kthvalue(k, dim=1, keepdim=True).values
 
 
 def lowest_of_counts(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:  # (m, n), (m,) -> (m, n) bool

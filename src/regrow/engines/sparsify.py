@@ -117,8 +117,8 @@ def sparsify(
             if kept is not None:
                 kept.save(i, method.sees, routed, readings)
         sequences = 1 if blocks is None else len(blocks)
+        give_back()
         for reading, together in _by_reading(chosen[i], readings):
-            give_back()
             done += _prune_together(together, i, reading, method, patterns[i], sequences)
         if stream is not None and method.inputs != "dense" and (beyond or i + 1 < len(layers)):
             for k in range(len(stream)):
