@@ -86,15 +86,21 @@ class Bench:
     def jobs(self) -> list[Job]:
         """In the order of their worth."""
         arms = [*ARMS, "spp, teacher"]
+        both = ("spp", RIVAL)
         return [
             *(self.start(start) for start in ("dense", *STARTS)),
             *(self.trained("2:4", arm, rate, TRIAL) for arm in ARMS for rate in RATES),
-            *(self.trained("2:4", arm, None, LONG) for arm in arms),
-            *(self.trained("2:4", arm, None, LONGEST) for arm in ("spp", RIVAL)),
             *(self.trained("75%", arm, None, SHORT) for arm in arms),
             *(self.answered(name, task) for name in ("dense", "2:4 start") for task in TASKS),
-            *(self.answered(f"2:4 {arm} at {LONG}", task) for arm in arms for task in TASKS),
-            *(self.answered(f"2:4 {arm} at {LONGEST}", task) for arm in ("spp", RIVAL) for task in TASKS),
+            *(job for arm in reversed(arms) for job in self.long(arm, LONG)),
+            *(job for arm in both for job in self.long(arm, LONGEST)),
+        ]
+
+    def long(self, arm: str, mark: int) -> list[Job]:
+        """A training from 2:4, and then what its model answers."""
+        return [
+            self.trained("2:4", arm, None, mark),
+            *(self.answered(f"2:4 {arm} at {mark}", task) for task in TASKS),
         ]
 
     def start(self, start: str) -> Job:
@@ -110,8 +116,11 @@ class Bench:
             named = self.rival() if arm == RIVAL else arm
             return start, named, self.rate(named) if rate is None else rate, mark
 
+        def done() -> bool:
+            return ready() and self.reached(*chosen()) and not self.missed(f"{start} {chosen()[1]} at {mark}")
+
         name = f"{start} {arm} rate {rate or 'chosen'} until {mark}"
-        return Job(name, lambda: ready() and self.reached(*chosen()), lambda: self.reach(*chosen()), ready)
+        return Job(name, done, lambda: self.reach(*chosen()), ready)
 
     def answered(self, name: str, task: str) -> Job:
         """Zero-shot answers of a model: `dense`, `2:4 start`, or what a training has left."""
@@ -136,6 +145,11 @@ class Bench:
     def reached(self, start: str, arm: str, rate: float, mark: int) -> bool:
         key = f"{start} {arm} rate {rate:g} at "
         return f"{key}{mark}" in self.rows or "broken" in self.rows.get(f"{key}{TRIAL}", {})
+
+    def missed(self, name: str) -> bool:
+        """Whether a model that tasks are still to be asked is not, or no longer, in the cache."""
+        asked = name.startswith("2:4") and name.endswith((f" at {LONG}", f" at {LONGEST}"))
+        return asked and not place(name).exists() and any(f"{name}: {task}" not in self.rows for task in TASKS)
 
     def measured(self, start: str) -> dict[str, Any]:
         subject = started(start)
@@ -179,7 +193,8 @@ class Bench:
         def watch(tokens: int, _total: int, _note: str) -> None:
             if tokens > mark:
                 raise Enough
-            if tokens in (TRIAL, SHORT, LONG, LONGEST) and key(tokens) not in self.rows:
+            lost = self.missed(f"{start} {arm} at {tokens}")
+            if tokens in (TRIAL, SHORT, LONG, LONGEST) and (lost or key(tokens) not in self.rows):
                 final = merged(model, subject, empty, bool(kind), strict=arm != "lora-masked")
                 facts = {"rate": rate, "tokens": tokens, "trained": trained, **changed(final, started(start).model)}
                 if tokens == TRIAL:  # no look at the evaluation text while the rate is open
@@ -188,7 +203,7 @@ class Bench:
                     )
                 else:
                     self.ledger.row(key(tokens), lambda: facts | self.losses(final))
-                if tokens in (LONG, LONGEST):
+                if lost:
                     keep(final, f"{start} {arm} at {tokens}")
 
         settings = TrainSettings(
