@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHES = ("defaults", "scoring_time", "latency", "memory", "startup", "render")
+BENCHES = ("defaults", "scoring_time", "latency", "memory", "products", "startup", "render")
 
 if __name__ == "__main__":
     for name in BENCHES:

@@ -166,6 +166,19 @@ def startup(data: dict[str, Any]) -> str:
     return table(["what", "seconds"], [[key, f"{row['seconds']:.2f}"] for key, row in data["rows"].items()])
 
 
+def libraries(data: dict[str, Any]) -> str:
+    rows, summary = [], data["rows"]["summary"]
+    for what, name in (("read", "reading"), ("train", "training")):
+        row = summary[what]
+        rows.append([name, f"{row['median']:.2f}", f"{row['mean']:.2f} ± {row['std']:.2f}"])
+    about = (
+        f"Seconds with what torch takes by itself over seconds with {summary['library']}; "
+        f"{data['settings']['tokens']:,} tokens, {data['settings']['turns']} turns. Largest difference of a logit, over the largest logit: "
+        f"{summary['largest difference of logits']:.0e}.\n\n"
+    )
+    return about + table(["work", "median", "mean ± std"], rows)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "criteria": ("Criteria, spreads and axes", lambda data: f"{criteria(data)}\n\n{distances(data)}"),
     "outliers": ("The few units that carry most", outliers),
@@ -173,6 +186,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "latency": ("Speed of cut models", latency),
     "scoring_time": ("Price of scoring", scoring_time),
     "memory": ("Memory", memory),
+    "products": ("Faster products of fp32 matrices", libraries),
     "startup": ("Start-up and demo", startup),
     **render_sparse.SECTIONS,
 }
