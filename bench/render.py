@@ -173,8 +173,8 @@ def libraries(data: dict[str, Any]) -> str:
         rows.append([name, f"{row['median']:.2f}", f"{row['mean']:.2f} ± {row['std']:.2f}"])
     about = (
         f"Seconds with what torch takes by itself over seconds with {summary['library']}; "
-        f"{data['settings']['tokens']:,} tokens, {data['settings']['turns']} turns. Largest difference of a logit, over the largest: "
-        f"{summary['largest difference of logits']:.0e}.\n\n"
+        f"{data['settings']['tokens']:,} tokens, {data['settings']['turns']} turns. Largest difference of a logit, "
+        f"over the largest: {summary['largest difference of logits']:.0e}.\n\n"
     )
     return about + table(["work", "median", "mean ± std"], rows)
 
