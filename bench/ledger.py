@@ -51,7 +51,8 @@ class Ledger:
         self.path = RESULTS / f"{name}.json"
         if FRESH:
             self.path.unlink(missing_ok=True)
-        products.speed_up()
+        self.faster = products.faster()  # kept, since it ends when it is forgotten
+        self.faster.__enter__()
         old = json.loads(self.path.read_text()) if self.path.exists() else {}
         if old and old["settings"] != json.loads(json.dumps(settings)):
             sys.exit(f"{self.path} was measured with other settings: move it away to start anew\n{old['settings']}")
@@ -94,6 +95,7 @@ class Ledger:
                         self.refresh()
                         if mine and not job.done():
                             job.run()
+                            assert job.done(), f"{job.name} was run and is not done"
                             break
             else:
                 time.sleep(WAIT)  # others work on all that is left, or on what it needs

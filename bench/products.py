@@ -62,9 +62,10 @@ def main() -> None:
 
 def library_setting(library: str) -> str:
     SETTING.fp32_precision = "none"
-    if library == "faster":
-        products.speed_up()
-    return str(SETTING.fp32_precision)
+    if library == "usual":
+        return "none"
+    with products.faster():
+        return str(SETTING.fp32_precision)
 
 
 def timed(work: Callable[[], object]) -> float:

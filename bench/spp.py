@@ -16,6 +16,7 @@ import argparse
 import copy
 import hashlib
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +111,21 @@ class Bench:
         """A training until `mark`; without a rate, with the one that the trials chose."""
 
         def ready() -> bool:
-            return f"{start} start" in self.rows and (rate is not None or self.settled(arm))
+            known = f"{start} start" in self.rows and (rate is not None or self.settled(arm))
+            return known and (mark != LONGEST or over(LONG))  # which trains in the same folder
 
-        def chosen() -> tuple[str, str, float, int]:
+        def chosen(until: int) -> tuple[str, str, float, int]:
             named = self.rival() if arm == RIVAL else arm
-            return start, named, self.rate(named) if rate is None else rate, mark
+            return start, named, self.rate(named) if rate is None else rate, until
+
+        def over(until: int) -> bool:
+            return self.reached(*chosen(until)) and not self.missed(f"{start} {chosen(until)[1]} at {until}")
 
         def done() -> bool:
-            return ready() and self.reached(*chosen()) and not self.missed(f"{start} {chosen()[1]} at {mark}")
+            return ready() and over(mark)
 
         name = f"{start} {arm} rate {rate or 'chosen'} until {mark}"
-        return Job(name, done, lambda: self.reach(*chosen()), ready)
+        return Job(name, done, lambda: self.reach(*chosen(mark)), ready)
 
     def answered(self, name: str, task: str) -> Job:
         """Zero-shot answers of a model: `dense`, `2:4 start`, or what a training has left."""
@@ -146,10 +151,18 @@ class Bench:
         key = f"{start} {arm} rate {rate:g} at "
         return f"{key}{mark}" in self.rows or "broken" in self.rows.get(f"{key}{TRIAL}", {})
 
+    def broke(self, name: str) -> bool:
+        """Whether a training ended before the model called `name`."""
+        arm, _, mark = name.partition(" at ")
+        ends = [(key.partition(" rate ")[0], key.rpartition(" at ")[2], row) for key, row in self.rows.items()]
+        rows = [[row for name, tokens, row in ends if (name, tokens) == (arm, at)] for at in (mark, str(TRIAL))]
+        return any(found and all("broken" in row for row in found) for found in rows)
+
     def missed(self, name: str) -> bool:
         """Whether a model that tasks are still to be asked is not, or no longer, in the cache."""
         asked = name.startswith("2:4") and name.endswith((f" at {LONG}", f" at {LONGEST}"))
-        return asked and not place(name).exists() and any(f"{name}: {task}" not in self.rows for task in TASKS)
+        open_ = asked and not self.broke(name) and any(f"{name}: {task}" not in self.rows for task in TASKS)
+        return open_ and not place(name).exists()
 
     def measured(self, start: str) -> dict[str, Any]:
         subject = started(start)
@@ -182,6 +195,11 @@ class Bench:
             return f"{start} {arm} rate {rate:g} at {tokens}"
 
         subject = started(start)
+        found = of_model(subject.model, subject.anatomy).mask_hash
+        if found != self.rows[f"{start} start"]["mask_hash"]:
+            sys.exit(
+                f"the zeros of {start} are others now than those of its rows: drop all rows of {start} and begin anew"
+            )
         empty = masks.masks_of(subject.model, subject.anatomy)
         kind = ARMS[arm.partition(",")[0]]
         model: Any = subject.model
@@ -211,14 +229,17 @@ class Bench:
             micro_batch=BATCH, seed=0, save_every=TRIAL // STEP,
         )  # fmt: skip
         folder = cache_dir("bench-spp", f"{start} {arm} {rate:g}".replace(":", "-").replace("%", ""))
+        again = (
+            self.missed(f"{start} {arm} at {mark}") and key(mark) in self.rows
+        )  # checkpoints may lie behind the mark
         try:
             with masks.held(model, None if kind else empty):
-                train(model, self.training, settings, folder=folder, loss=goal, progress=watch)
+                train(model, self.training, settings, folder=folder, loss=goal, resume=not again, progress=watch)
         except Enough:
             pass
         except BrokenModel as broken:
             why = broken.came
-            self.ledger.row(key(TRIAL), lambda: {"broken": why, "rate": rate})
+            self.ledger.row(key(mark), lambda: {"broken": why, "rate": rate})
 
     def answer(self, name: str, task: str) -> None:
         """Item by item."""

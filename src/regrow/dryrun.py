@@ -19,7 +19,7 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
 from regrow.artifacts.share import ZERO_SPREADS
-from regrow.engines import head, likelihood, tasks
+from regrow.engines import head, likelihood, products, tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
@@ -203,6 +203,7 @@ def _row(
     return {"stage": stage, "tokens": tokens, "minutes": round(minutes, 2), "peak_gb": round(peak / 1e9, 3)}
 
 
+@products.faster()
 def machine_gflops(size: int = 1024, seconds: float = 0.5) -> float:
     """Speed of an fp32 matrix product on this machine."""
     a = torch.randn(size, size)

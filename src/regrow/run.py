@@ -24,7 +24,7 @@ from regrow.artifacts.report import Measure, Report
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import loss_by_axis
 from regrow.artifacts.sparsity import Sparsity
-from regrow.engines import checkpoint, tokens
+from regrow.engines import checkpoint, products, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
 from regrow.engines.distil import Teacher
@@ -73,6 +73,7 @@ class _Clock:
         self.stages[name] = {"seconds": round(time.perf_counter() - began, 2), **record}
 
 
+@products.faster()
 def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = None) -> Report:
     """Walk the whole road and leave a finished folder at `out`. Raises errors of `errors.py`; leaves nothing then."""
     recipe = settled(recipe)
@@ -281,7 +282,7 @@ def measured(
         "evaluate": asked.model_dump(mode="json", exclude={"speed", "repeats"}),
         "dtype": recipe.dtype,
         "text": None if asked.text is None else read_text(asked.text)[1],
-        "versions": machine()["versions"],
+        **{name: machine()[name] for name in ("versions", "fp32_products")},
         "code": cache.code(),
     }
     path = cache.cache_dir("measures") / f"{cache.key(inputs)}.json"

@@ -13,6 +13,7 @@ import torch
 from prompt import Command, Refused
 from safetensors.torch import load_file, save_file
 
+import regrow
 from models import make, tokenizer
 from regrow.engines import checkpoint
 
@@ -348,3 +349,10 @@ def test_two_models_that_are_not_of_one_kind(refused: Refused, sprout_dir: Path,
     says = ("two checkpoints of different shapes", "its own tuned form")
     refused("diff", sprout_dir, other, "--weights", says=says)
     refused("diff", other, sprout_dir, "--weights", says=says)
+
+
+def test_two_models_alike_but_in_the_widths_of_some_layers(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    """The end layers keep their width, so the widest layer is that of the dense model."""
+    cut = tmp_path / "cut"
+    regrow.prune(str(sprout_dir), cut, keep="60%", criteria={"neuron": "magnitude"}, evaluate={"text": None})
+    refused("diff", sprout_dir, cut, "--weights", says=("two checkpoints of different shapes",))

@@ -16,10 +16,12 @@ from training import VOCAB, Stop, patterns, pull_plug, same, settings, tiny, wei
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import ids, make
+from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.mask import lowest
 from regrow.artifacts.pattern import Pattern
 from regrow.engines import masks, moving_masks
 from regrow.engines.bind import bind
+from regrow.engines.distil import FromTeacher
 from regrow.engines.moving_masks import Mask, check_counts, moving, needed, width
 from regrow.engines.train import next_token, train
 from regrow.errors import IdentityError, SettingsError
@@ -352,19 +354,39 @@ def test_other_optimisers_are_left_alone() -> None:
         assert all(torch.equal(mask.empty, empty[name]) for name, (_, mask) in seen(model).items())
 
 
-def test_a_tied_weight_is_masked_wherever_it_is_read() -> None:
+@pytest.mark.parametrize("inside_too", [True, False])
+def test_zeros_of_a_tied_weight_stay_while_others_move(tmp_path: Path, inside_too: bool) -> None:
+    """Through checkpoints and a teacher, to which a head in a disguise would be no head."""
     model = LlamaForCausalLM(LlamaConfig(**{**tiny().config.to_dict(), "tie_word_embeddings": True})).eval()
-    name = "model.embed_tokens.weight"
-    empty = {name: torch.rand(VOCAB, 32, generator=torch.Generator().manual_seed(0)) < 0.5}
-    with moving(model, empty, 6):
-        original = model.model.embed_tokens.parametrizations.weight.original
-        with torch.no_grad():
-            original.fill_(1.0)
-        for module in (model.model.embed_tokens, model.lm_head):
-            assert torch.equal(module.weight == 0, empty[name])
-        assert sum(p is original for p in model.parameters()) == 1
+    names = ["model.embed_tokens.weight", *(["model.layers.0.mlp.up_proj.weight"] if inside_too else [])]
+    empty = {}
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_parameter(name)
+            empty[name] = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+            weight[empty[name]] = 0.0
+    loss = FromTeacher(tiny(), DIVERGENCES.get("forward-kl"))
+    with moving(model, empty, 6, every=1):
+        train(model, patterns(), settings(learning_rate=0.1, save_every=2), folder=tmp_path, loss=loss)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(model.lm_head.weight == 0, empty[name])
+    assert torch.equal(model.lm_head.weight == 0, empty[names[0]])
+    if inside_too:
+        found = model.get_parameter(names[1]) == 0
+        assert int(found.sum()) == int(empty[names[1]].sum())
+        assert not torch.equal(found, empty[names[1]])
+
+
+def test_a_sparse_head_of_its_own_under_a_teacher(tmp_path: Path) -> None:
+    model = tiny()
+    name = "lm_head.weight"
+    with torch.no_grad():
+        empty = {name: torch.rand(VOCAB, 32, generator=torch.Generator().manual_seed(0)) < 0.5}
+        model.get_parameter(name)[empty[name]] = 0.0
+    loss = FromTeacher(tiny(), DIVERGENCES.get("forward-kl"))
+    with moving(model, empty, 6, every=1):
+        train(model, patterns(), settings(learning_rate=0.1), folder=tmp_path, loss=loss)
+    assert int((model.get_parameter(name) == 0).sum()) == int(empty[name].sum())
+    assert not torch.equal(model.get_parameter(name) == 0, empty[name])
 
 
 def test_stacked_experts() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import regrow
 from regrow.engines import products
-from regrow.stages.load import load
 
+NOTHING = {"text": None, "tasks": [], "speed": False}
 AMD = "vendor_id\t: AuthenticAMD\nmodel name : AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512bw\nbugs : none\n"
 
 
@@ -33,12 +34,12 @@ def matrices(rows: int, inner: int, columns: int, turned: tuple[bool, bool]) -> 
 
 @pytest.mark.parametrize("turned", list(product((False, True), repeat=2)))
 def test_products_are_right_to_fp32_in_every_layout(turned: tuple[bool, bool]) -> None:
-    products.speed_up()
-    for shape in product((1, 16, 129, 577), repeat=3):
-        a, b = matrices(*shape, turned)
-        assert products.rounds_as_fp32(a @ b, a, b), shape
-        assert products.rounds_as_fp32(torch.nn.functional.linear(a[None], b.T)[0], a, b), shape
-        assert torch.equal(a @ b, a @ b)
+    with products.faster():
+        for shape in product((1, 16, 129, 577), repeat=3):
+            a, b = matrices(*shape, turned)
+            assert products.rounds_as_fp32(a @ b, a, b), shape
+            assert products.rounds_as_fp32(torch.nn.functional.linear(a[None], b.T)[0], a, b), shape
+            assert torch.equal(a @ b, a @ b)
 
 
 def test_a_product_rounded_to_bf16_is_found_out() -> None:
@@ -48,30 +49,48 @@ def test_a_product_rounded_to_bf16_is_found_out() -> None:
     assert not products.rounds_as_fp32(a.bfloat16().float() @ b, a, b)
 
 
-def test_loading_a_model_speeds_up_where_the_trial_was_exact(monkeypatch: pytest.MonkeyPatch, sprout_dir: Path) -> None:
-    monkeypatch.setattr(products, "_worthwhile", lambda: True)
-    monkeypatch.setattr(products, "_exact", lambda: True)
-    load(str(sprout_dir))
-    assert products.library() == "oneDNN"
-
-
-@pytest.mark.parametrize("missing", ["_worthwhile", "_exact"])
-def test_without_reason_or_proof_nothing_changes(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    monkeypatch.setattr(products, "_worthwhile", lambda: missing != "_worthwhile")
-    monkeypatch.setattr(products, "_exact", lambda: missing != "_exact")
-    products.speed_up()
+def test_a_run_is_faster_where_that_is_exact_and_leaves_torch_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, sprout_dir: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(products, "_known", lambda: True)
+    report = regrow.sparsify(str(sprout_dir), tmp_path / "out", criterion="magnitude", pattern="2:4", evaluate=NOTHING)
+    assert report.machine["fp32_products"] == "oneDNN"
     assert products.library() == "usual"
 
 
-def test_a_choice_of_the_user_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_worthwhile", lambda: True)
-    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    products.speed_up()
-    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+def test_it_ends_with_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_known", lambda: True)
+    fails = products.faster()(lambda: pytest.fail(products.library()))
+    with pytest.raises(pytest.fail.Exception, match="oneDNN"):
+        fails()
+    assert products.library() == "usual"
+
+
+def test_without_reason_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_known", lambda: False)
+    with products.faster():
+        assert products.library() == "usual"
+
+
+@pytest.mark.parametrize(("reason", "proof"), [(False, True), (True, False)])
+def test_both_reason_and_proof_are_asked(monkeypatch: pytest.MonkeyPatch, reason: bool, proof: bool) -> None:
+    monkeypatch.setattr(products, "worthwhile", lambda _: reason)
+    monkeypatch.setattr(products, "_exact", lambda: proof)
+    assert not products._known.__wrapped__()
+
+
+@pytest.mark.parametrize(("chosen", "says"), [("ieee", "ieee"), ("bf16", "bf16")])
+def test_a_choice_of_the_user_stands_and_is_told(monkeypatch: pytest.MonkeyPatch, chosen: str, says: str) -> None:
+    monkeypatch.setattr(products, "_known", lambda: False)  # where bf16 is what it says
+    torch.backends.mkldnn.matmul.fp32_precision = chosen
+    with products.faster():
+        assert torch.backends.mkldnn.matmul.fp32_precision == chosen
+        assert products.library() == says
+    assert torch.backends.mkldnn.matmul.fp32_precision == chosen
 
 
 def test_the_trial_leaves_the_setting() -> None:
-    products._exact.__wrapped__()
+    products._exact()
     assert products.library() == "usual"
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForSequenceClassification
@@ -355,6 +356,41 @@ def test_the_lean_form_makes_nothing_as_large_as_the_weight(form: str, dropout: 
         y.sum().backward()
     assert x.grad is not None
     assert all(0 < seen.numbers < M * N if small else seen.numbers >= M * N for seen in (forward, backward))
+
+
+class Alive(TorchDispatchMode):
+    """The most numbers alive at once in storages that operations returned, but for the storage of `own`."""
+
+    def __init__(self, own: Tensor) -> None:
+        super().__init__()
+        self.own, self.numbers = own.untyped_storage().data_ptr(), 0
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() != self.own:
+                self.alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes() // tensor.element_size()
+        self.alive = {at: (storage, n) for at, (storage, n) in self.alive.items() if not storage.expired()}
+        self.numbers = max(self.numbers, sum(n for _, n in self.alive.values()))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("form", "dropout", "small"),
+    [("lean", 0.0, True), ("lean", 0.4, True), ("folded", 0.0, False), ("checkpointed", 0.0, False)],
+)
+def test_all_that_the_lean_form_holds_at_once_is_less_than_half_the_weight(
+    form: str, dropout: float, small: bool
+) -> None:
+    base = nn.Linear(128, 256, bias=False, dtype=torch.float64).requires_grad_(False)
+    made = Linear(base, "default", "here", SppConfig(r=32, spp_dropout=dropout, form=form))
+    x = draw(3, 128, seed=5).requires_grad_()
+    with Alive(base.weight) as forward:
+        y = made(x)
+    with Alive(base.weight) as backward:
+        y.sum().backward()
+    assert all((seen.numbers < 256 * 128 / 2) is small for seen in (forward, backward))
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def test_a_prefix_is_least_squares(name: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["50%", "2:4"])
-def test_a_block_removed_at_once_is_least_squares(pattern: str) -> None:
+def test_a_block_removed_at_once_is_least_squares(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequential, "ROWS", 8)  # more rows than are solved together
     task = problem(pattern, x=inputs(96))  # a single block
     found = solve("mrp", task)
     assert torch.allclose(found.weight, least_squares(task, found.gone), atol=1e-8)
@@ -195,8 +196,11 @@ def test_chosen_on_the_way_blocks_matter_for_percentages_alone(
 @pytest.mark.parametrize("name", ["update", "mrp", "refit", "alps"])
 @pytest.mark.parametrize("pattern", ["50%", "2:4"])
 def test_the_scale_of_the_inputs_does_not_matter(name: str, pattern: str) -> None:
-    found = solve(name, problem(pattern))
-    other = solve(name, problem(pattern, x=4 * inputs()))
+    """With dead inputs too, whose weights are made up for by nobody."""
+    x = inputs()
+    x[:, [3, 50, 120]] = 0
+    found = solve(name, problem(pattern, x=x))
+    other = solve(name, problem(pattern, x=x / 64))
     assert torch.equal(found.gone, other.gone)
     assert torch.allclose(found.weight, other.weight, atol=1e-7)
 
@@ -227,6 +231,7 @@ def test_sparsegpts_score_on_such_inputs_is_wandas_squared() -> None:
 def test_the_same_inputs_twice_change_nothing(name: str, pattern: str) -> None:
     """SparseGPT's Hessian is a mean: how much text there is does not matter. Planted: a damping that does not grow."""
     x = inputs()
+    x[:, [3, 50, 120]] = 0
     once, twice = (solve(name, problem(pattern, x=t)) for t in (x, torch.cat([x, x])))
     assert torch.equal(once.gone, twice.gone)
     assert torch.allclose(once.weight, twice.weight, rtol=1e-9, atol=1e-12)
@@ -295,6 +300,40 @@ def test_every_subset_is_tried(pattern: str, criterion: str) -> None:
     assert not torch.equal(tried.gone[:, :size], first.gone[:, :size])
     assert not torch.equal(tried.gone[:, :size], solve("update", task).gone[:, :size])
     assert error(task, tried.weight).sum() < error(task, solve("mrp", task, hold=True).weight).sum()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:8"])
+def test_of_groups_that_do_not_hang_together_every_one_loses_least(pattern: str) -> None:
+    size = Pattern.parse(pattern).of
+    x = torch.block_diag(*(inputs(size, tokens=40, seed=g) for g in range(COLUMNS // size)))
+    task = problem(pattern, x=x)
+    tried, greedy = solve("mrp", task).gone, solve("update", task).gone
+    for a in range(0, COLUMNS, size):
+        costs, subsets = [], list(combinations(range(a, a + size), size - task.pattern.keep))
+        for subset in subsets:
+            gone = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+            gone[:, list(subset)] = True
+            costs.append(joint_loss(task, gone))
+        best = [subsets[i] for i in torch.stack(costs, 1).argmin(1).tolist()]
+        assert [tuple(row[a : a + size].nonzero().flatten().add(a).tolist()) for row in tried] == best
+    assert bool((joint_loss(task, tried) <= joint_loss(task, greedy) * (1 + 1e-9)).all())
+    assert not torch.equal(tried, greedy)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "2:8"])
+def test_ties_in_groups_chosen_on_the_way_go_to_the_lower_column(pattern: str) -> None:
+    """Weights of 8 bits on inputs that do not hang together: many equal scores."""
+    task = problem(pattern, x=torch.eye(COLUMNS, dtype=torch.float64), w=weights(200).bfloat16().double())
+    assert torch.equal(solve("update", task).gone, begin(task).gone)
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_wanda_does_not_care_how_an_input_is_scaled(pattern: str) -> None:
+    x, w, scale = inputs(), weights(), torch.ones(COLUMNS, dtype=torch.float64)
+    scale[5], scale[77] = 64, 1 / 32
+    found = begin(problem(pattern, "wanda", x=x, w=w)).gone
+    assert torch.equal(found, begin(problem(pattern, "wanda", x=x * scale, w=w / scale)).gone)
+    assert not torch.equal(found, begin(problem(pattern, "wanda", x=x, w=w / scale)).gone)
 
 
 def test_a_group_with_too_many_subsets_is_chosen_by_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:

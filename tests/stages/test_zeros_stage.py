@@ -155,19 +155,22 @@ def test_five_percent_is_sparse(sprout: Subject) -> None:
 # ---- rounding
 
 
-def test_zeros_that_rounding_makes_are_told_apart(sprout: Subject) -> None:
-    """2:4 of weights that fp16 cannot hold: half of them were asked for, the others are noted, and none is -0."""
-    narrow = replace(sprout, model=copy.deepcopy(sprout.model), store=torch.float16)
+@pytest.mark.parametrize(("store", "faint"), [(torch.float16, 1e-9), (torch.bfloat16, 1e-41)])
+def test_zeros_that_rounding_makes_are_told_apart(sprout: Subject, store: torch.dtype, faint: float) -> None:
+    """2:4 of weights that 16 bits cannot hold: half of them were asked for, the others are noted, and none is -0."""
+    narrow = replace(sprout, model=copy.deepcopy(sprout.model), store=store)
     weight = narrow.model.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
         signs = torch.tensor([1.0, -1.0]).repeat(weight.shape[1] // 2)
-        weight[0] = signs * 1e-9 * torch.arange(1, weight.shape[1] + 1)
+        weight[0] = signs * faint * (1 + torch.arange(weight.shape[1]) / weight.shape[1])
     found = sparsify.apply(narrow, Sparsify(pattern="2:4", criterion="magnitude"), None, seed=0)
     asked = sum(matrix.zeros for matrix in found.matrices)
     assert 2 * asked == found.sparsity.weights
     vanished = found.sparsity.zeros - asked
     assert vanished > 0
-    assert found.notes == (f"{vanished:,} kept weights are too small for float16: zero too",)
+    assert found.notes == (
+        f"{vanished:,} kept weights are too small for {str(store).removeprefix('torch.')}: zero too",
+    )
     for parameter in narrow.model.parameters():
         assert not bool((parameter.signbit() & (parameter == 0)).any())
 

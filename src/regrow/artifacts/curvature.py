@@ -36,13 +36,14 @@ class Curvature:
 
     @cached_property
     def gram(self) -> torch.Tensor:
-        """(n, n) fp32 with damping on the diagonal; dead inputs count as one."""
+        """(n, n) fp32 with damping on the diagonal; dead inputs count as the others do in the mean."""
         return self._damped(self.damping)
 
     def _damped(self, damping: float) -> torch.Tensor:
         gram = self.raw.clone()
         diagonal = gram.diagonal()
-        diagonal[self.dead] = 1
+        alive = diagonal[~self.dead]
+        diagonal[self.dead] = alive.mean() if len(alive) else 1
         diagonal += damping * diagonal.mean()
         return gram
 

@@ -91,15 +91,16 @@ def checkpoints(one: Path, other: Path) -> tuple[list[list[str]], list[str], dic
             raise InputError(f"{folder} is no folder", "two folders of models", "check the path")
         check_files(folder)
         anatomies.append(bind_any(read_config(folder))[0])
-    names, shapes = names_in(one, anatomies[0]), [{t.name: t.shape for t in a.tensors} for a in anatomies]
-    if any(shapes[1].get(name) != shapes[0][name] for name in names):
+    names = names_in(one, anatomies[0])
+    alike = set(names) <= {tensor.name for tensor in anatomies[1].tensors}
+    sides = [of_folder(folder, names) for folder in (one, other)] if alike else []
+    if not alike or [m.shape for m in sides[0].matrices] != [m.shape for m in sides[1].matrices]:
         raise InputError(
             "two checkpoints of different shapes",
             "the same matrices in both",
             "compare a model with its own tuned form",
         )
     found = lost(stored(one, names), stored(other, names))
-    sides = [of_folder(folder, names) for folder in (one, other)]
     rows = [[name, f"{count:,}"] for name, count in found.items()]
     data = {
         "intact": not found if sides[0].sparse else None,

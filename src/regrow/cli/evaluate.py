@@ -41,6 +41,7 @@ def evaluate(
         overlay({"model": model, "evaluate": asked}, present(seed=seed, device=device, dtype=dtype)), "the command line"
     )
     with console.progress(quiet) as say:
+        from regrow.engines import products
         from regrow.engines.clock import machine
         from regrow.stages.evaluate import check_asked
         from regrow.stages.evaluate import evaluate as measure
@@ -50,7 +51,8 @@ def evaluate(
         loaded, tokenizer, source = read_model(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=trust_remote_code
         )
-        found = measure(loaded, tokenizer, recipe.evaluate, progress=say)
+        with products.faster():
+            found, where = measure(loaded, tokenizer, recipe.evaluate, progress=say), machine()
     if not quiet:
         rows = [[name, console.figure(m), str(m.samples or "")] for name, m in found.items()]
         console.table(str(source["id"]), ["measure", "value", "samples"], rows)
@@ -66,4 +68,4 @@ def evaluate(
                     "record": dict(measure_.how),
                 }
         measures = {name: m.to_json() for name, m in found.items()}
-        console.emit({**flat, "model": source, "measures": measures, "seed": recipe.seed, "machine": machine()})
+        console.emit({**flat, "model": source, "measures": measures, "seed": recipe.seed, "machine": where})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 PROBE, CLOSE = 8, 1e-3  # tokens on which body and head must give the model's own loss, and how nearly
 NUMBERS = 2**22  # logits that are held at a time, 16 MiB in fp32
@@ -36,7 +37,8 @@ class Head:
 def head_of(model: Any) -> Head | None:
     """The head of a model; None when it is no plain linear."""
     module = model.get_output_embeddings()
-    return Head(module.weight, module.bias, shaping(model.config)) if type(module) is nn.Linear else None
+    plain = type_before_parametrizations(module) is nn.Linear  # AST puts masks on a sparse one
+    return Head(module.weight, module.bias, shaping(model.config)) if plain else None
 
 
 def shaping(config: Any) -> Callable[[Tensor], Tensor]:

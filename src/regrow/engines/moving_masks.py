@@ -9,7 +9,7 @@ mask bit by bit and so pushes both kinds of weights away from zero; meant, and d
 Zeros of N:M stay in their group. All others stay in their row, which keeps the count of every matrix exact and starves
 no output. The last step moves none: what it leaves has been trained with its zeros. What this gives up: zeros that move
 from one output to another; what masked weights were in the dense model, they begin at 0; one more copy of the matrices
-in a pass; weights that are sharded over devices.
+in a pass; zeros of tied weights, which stay; weights that are sharded over devices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from regrow.artifacts.mask import lowest_of_counts
 from regrow.artifacts.sparsity import SPARSE
-from regrow.engines.masks import Masks
+from regrow.engines.masks import Masks, held
 from regrow.errors import IdentityError, SettingsError
 
 EVERY = 10  # steps between two choices of the zeros
@@ -99,23 +99,23 @@ class Mask(nn.Module):
 def moving(model: Any, empty: Masks, steps: int, *, decay: float = DECAY, every: int = EVERY) -> Iterator[None]:
     """While open, AdamW moves the zeros `empty` of `model` in a run of `steps`; then they are plain +0 where they lie.
 
+    Zeros of a weight that several modules share, a tied embedding, are held where they are.
     The steps are those that the optimiser has counted, which come back with a checkpoint as the masks do.
     """
     parameters = dict(model.named_parameters())
-    wanted = {id(parameters[name]): Mask(mask) for name, mask in empty.items() if bool(mask.any())}
-    places = [  # a tied weight has several
-        (module, part, wanted[id(weight)])
-        for module in model.modules()
-        for part, weight in module.named_parameters(recurse=False)
-        if id(weight) in wanted
-    ]
+    readers: dict[int, list[tuple[Any, str]]] = {}  # of each weight, by its id
+    for module in model.modules():
+        for part, weight in module.named_parameters(recurse=False):
+            readers.setdefault(id(weight), []).append((module, part))
+    alone = {name: readers[id(parameters[name])][0] for name in empty if len(readers[id(parameters[name])]) == 1}
+    places = [(*alone[name], Mask(mask)) for name, mask in empty.items() if name in alone and bool(mask.any())]
     for module, part, mask in places:
         register_parametrization(module, part, mask)
-    found = list({id(mask): (module.parametrizations[part].original, mask) for module, part, mask in places}.values())
+    found = [(module.parametrizations[part].original, mask) for module, part, mask in places]
 
     def done(optimizer: Optimizer) -> int:
         """0 in the first step, and for optimisers of other models."""
-        return int(optimizer.state.get(found[0][0], {"step": 0})["step"])
+        return int(optimizer.state.get(found[0][0], {"step": 0})["step"]) if found else 0
 
     def before(optimizer: Optimizer, *_: Any) -> None:
         height = decay * min(1.0, done(optimizer) / (RISE * steps))
@@ -131,7 +131,8 @@ def moving(model: Any, empty: Masks, steps: int, *, decay: float = DECAY, every:
 
     handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
-        yield
+        with held(model, {name: mask for name, mask in empty.items() if name not in alone}):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -2,14 +2,17 @@
 
 torch gives fp32 products to MKL, which leaves AVX-512 unused on AMD processors; oneDNN, which torch brings as well,
 uses it and is about twice as fast. torch asks oneDNN only where rounding to bf16 is allowed, but on x86 oneDNN rounds
-for AMX units alone: with AVX-512 and no AMX it computes in fp32 all the same. `speed_up` allows it there, and only
-after a product has shown that nothing is rounded.
-What this gives up: a process-wide setting of torch, and bit equality with a run without it; Intel (MKL is fast there),
-ARM and processors with AMX (both would round), and systems without /proc stay as they are.
+for AMX units alone: with AVX-512 and no AMX it computes in fp32 all the same. It is allowed there, while a command
+runs, and only after a product has shown that nothing is rounded.
+What this gives up: bit equality with a run without it. Intel (MKL is fast there), ARM and processors with AMX (both
+would round), and systems without /proc stay as they are. The setting is the process's: while it holds,
+`torch.get_float32_matmul_precision`, of torch's older interface, refuses to answer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,18 +26,26 @@ _SIDE = 256  # of the matrices of the trial
 _ROUNDINGS = 16  # of fp32, that the sums of a product may be off; one rounding to bf16 is 65,536 of them
 
 
-def speed_up() -> None:
-    """Let oneDNN compute fp32 products from now on where that is as exact, and faster.
+@contextmanager
+def faster() -> Iterator[None]:
+    """While open, oneDNN computes fp32 products where that is as exact, and faster.
 
     A precision that the user has chosen (`torch.backends.mkldnn.matmul.fp32_precision`) is left alone.
     """
-    if _SETTING.fp32_precision == "none" and _worthwhile() and _exact():
+    before = _SETTING.fp32_precision
+    if before == "none" and _known():
         _SETTING.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        _SETTING.fp32_precision = before
 
 
 def library() -> str:
-    """Who computes fp32 products on the CPU now: "oneDNN", or "usual" for what torch takes by itself."""
-    return "oneDNN" if _SETTING.fp32_precision == "bf16" else "usual"
+    """Who computes fp32 products on the CPU now: "oneDNN" in fp32, "usual" for what torch takes by itself; or the
+    precision that the user has chosen."""
+    chosen = str(_SETTING.fp32_precision)
+    return {"none": "usual", "bf16": "oneDNN" if _known() else "bf16"}.get(chosen, chosen)
 
 
 def rounds_as_fp32(product: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -52,12 +63,12 @@ def worthwhile(info: str) -> bool:
 
 
 @cache
-def _worthwhile() -> bool:
+def _known() -> bool:
+    """Whether oneDNN is faster here and as exact."""
     both: bool = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return both and _INFO.exists() and worthwhile(_INFO.read_text(encoding="utf-8"))
+    return both and _INFO.exists() and worthwhile(_INFO.read_text(encoding="utf-8")) and _exact()
 
 
-@cache
 def _exact() -> bool:
     """The trial; the setting is put back."""
     before = _SETTING.fp32_precision

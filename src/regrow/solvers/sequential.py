@@ -163,7 +163,8 @@ def _by_groups(
             cost = ((alive @ costs[g]).view(len(w), -1, size) * alive[:, None]).sum(-1)  # (m, S)
         else:
             assert score is not None
-            cost = score(w, a) @ subsets.to(w).T
+            lowest = lowest_of_groups(score(w, a), pattern)  # counted, not summed: sums of equals differ by rounding
+            cost = -(lowest.to(w) @ subsets.to(w).T)
         taken = empty[:, here].to(w) @ subsets.to(w).T  # (m, S)
         cost = cost.masked_fill(taken < taken.amax(1, keepdim=True), torch.inf)
         pick = cost.argmin(1)  # of equals the first, whose columns are lower

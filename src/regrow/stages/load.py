@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regrow.engines import checkpoint, products, provenance
+from regrow.engines import checkpoint, provenance
 from regrow.engines.bind import Subject, bind
 from regrow.engines.hetero import PREFIX
 from regrow.errors import SettingsError, UnsupportedModel
@@ -43,11 +43,7 @@ def load(model: str, *, dtype: str = "fp32", device: str = "auto", trust_remote_
 def read_model(
     model: str, *, dtype: str = "fp32", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Model, tokenizer and a record of what they are, for any causal LM, whether it can be cut or not.
-
-    Lets torch compute fp32 products with the faster library from now on; see `engines.products`.
-    """
-    products.speed_up()
+    """Model, tokenizer and a record of what they are, for any causal LM, whether it can be cut or not."""
     folder = checkpoint.locate(model)
     loaded, tokenizer = checkpoint.read(
         folder, dtype=as_dtype(dtype), device=pick_device(device), trust_remote_code=trust_remote_code
