@@ -19,6 +19,7 @@ CURVE = [
     "held-out loss",
     "weights changed",
 ]
+READ = (" tokens", " text")  # ends of rows of other calibrations
 FAILED = ("alps, both (mend 1)",)  # docs/log.md has the reason
 ARMS = ("spp", "lora-masked", "hira", "ia3", "full", "spp, teacher")
 
@@ -71,7 +72,7 @@ def shown_by(data: dict[str, Any], *, plain: bool) -> str:
     """With `plain`, the published loops too."""
     found = by_method(data["rows"])
     aside = () if plain else ("plain", *FAILED)
-    names = [name for name in dict.fromkeys(name for name, _ in found) if not name.startswith(aside)]
+    names = [n for n in dict.fromkeys(name for name, _ in found) if not n.startswith(aside) and not n.endswith(READ)]
     firsts = {name: found.get((name, PATTERNS[0]), {"-": math.inf}) for name in names}
     body = []
     for name in sorted(names, key=lambda n: (n.startswith("plain"), -statistics.fmean(firsts[n].values()))):
@@ -94,7 +95,22 @@ def shown_by(data: dict[str, Any], *, plain: bool) -> str:
         "`plain` are the published loops, written from their specification in `bench/plain.py`; sums of squares are "
         "wider there than published."
     )
-    return about + (loops if plain else "") + "\n\n" + table(["method", *PATTERNS], body)
+    parts = [about + (loops if plain else ""), table(["method", *PATTERNS], body), texts(found, settings)]
+    return "\n\n".join(parts)
+
+
+def texts(found: dict[tuple[str, str], dict[str, float]], usual: dict[str, Any]) -> str:
+    """What SparseGPT at 2:4 makes of other calibrations, beside the usual one with the same seed."""
+    base = found["sparsegpt", "2:4"]["0"]
+    rows = {f"{usual['text']} text, {usual['tokens']:,} tokens": base} | {
+        name.partition(", ")[2]: seeds["0"] for (name, _), seeds in found.items() if name.endswith(READ)
+    }
+    about = "SparseGPT at 2:4 with other calibrations, one run each; what is not named is as above.\n\n"
+    body = [
+        [name, f"{value:.1f}", "-" if value == base else f"{100 * (1 - value / base):+.1f} %"]
+        for name, value in sorted(rows.items(), key=lambda row: -row[1])
+    ]
+    return about + table(["calibration", "perplexity", "below the usual"], body)
 
 
 def gains(
