@@ -1,7 +1,7 @@
 """Products of fp32 matrices through oneDNN on processors where torch's usual library is slow.
 
 torch gives fp32 products to MKL, which leaves AVX-512 unused on AMD processors; oneDNN, which torch brings as well,
-uses it and is about twice as fast. torch asks oneDNN only where rounding to bf16 is allowed, but on x86 oneDNN rounds
+uses it and is up to twice as fast. torch asks oneDNN only where rounding to bf16 is allowed, but on x86 oneDNN rounds
 for AMX units alone: with AVX-512 and no AMX it computes in fp32 all the same. It is allowed there, while a command
 runs, and only after a product has shown that nothing is rounded.
 What this gives up: bit equality with a run without it. Intel (MKL is fast there), ARM and processors with AMX (both
