@@ -128,6 +128,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "mean": statistics.fmean(values), "std": statistics.stdev(values)}
 
 
+def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def place(word: str) -> str:
     """An argument as it may be published: of a path, only its last part."""
     return Path(word).name if "/" in word and Path(word).exists() else word

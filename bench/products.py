@@ -6,14 +6,12 @@ processor where nothing is changed, this says so.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cutting import calibration
-from ledger import Ledger, spread
+from ledger import Ledger, spread, timed
 from regrow.engines import products
 from regrow.stages.load import load
 
@@ -66,12 +64,6 @@ def library_setting(library: str) -> str:
         return "none"
     with products.faster():
         return str(SETTING.fp32_precision)
-
-
-def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the loss without each of the L layers at most 0.7 L forwards. A plain forward is
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from cutting import calibration
-from ledger import Ledger
+from ledger import Ledger, timed
 from regrow.artifacts.family import Unit
 from regrow.engines.removal import loss_without_layers
 from regrow.engines.walk import observe
@@ -77,12 +76,6 @@ def compare(base: Callable[[], object], work: Callable[[], object], repeats: int
         "std": statistics.stdev(ratios),
         "seconds": seconds,
     }
-
-
-def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
