@@ -27,7 +27,7 @@ class Work:
 
 
 MASK = {False: Work(weights=7.4), True: Work(weights=5.7)}  # chosen within groups of N:M, or not
-FACTOR = Work(grams=6.1, products=1.0, cubes=2 / 3)  # of a damped Gram matrix, and the error of the outputs
+FACTOR = Work(grams=5.0, products=1.0, cubes=2 / 3)  # of a damped Gram matrix, and the error of the outputs
 WORK = {
     "update": Work(products=1.0),
     "mrp": Work(products=1.0),

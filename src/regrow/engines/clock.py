@@ -101,9 +101,9 @@ def run_lap(model: PreTrainedModel, ids: Tensor, decode: int) -> _Lap:
 class PeakMemory:
     """Bytes that the work inside `with` takes at its peak, beyond what was held when it began.
 
-    On CUDA: torch's allocator. On Linux: anonymous memory of the process, polled every 10 ms, so that weights mapped
-    from a file do not count; freed memory is given back first. Elsewhere: the process's
-    largest resident size, which counts files and never falls.
+    On CUDA: torch's allocator. On Linux: anonymous memory of the process, looked at every `POLL_SECONDS`, so that
+    weights mapped from a file do not count; freed memory is given back first. Elsewhere: the process's largest resident
+    size, which counts files and never falls.
 
         with PeakMemory() as memory:
             work()
@@ -112,7 +112,11 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.bytes = 0
-        self.how = "allocated by torch" if torch.device(device).type == "cuda" else "anonymous memory, every 10 ms"
+        self.how = (
+            "allocated by torch"
+            if torch.device(device).type == "cuda"
+            else f"anonymous memory, every {1e3 * POLL_SECONDS:g} ms"
+        )
         if torch.device(device).type != "cuda" and not _STATUS.exists():
             self.how = "largest resident size: counts mapped files, hides peaks below earlier ones"
         self._device = torch.device(device)
