@@ -198,7 +198,7 @@ class Bench:
         found = of_model(subject.model, subject.anatomy).mask_hash
         if found != self.rows[f"{start} start"]["mask_hash"]:
             sys.exit(
-                f"the zeros of {start} are others now than those of its rows: drop all rows of {start} and begin anew"
+                f"the zeros of {start} are others now than when it was measured: drop its rows, all but the trials"
             )
         empty = masks.masks_of(subject.model, subject.anatomy)
         kind = ARMS[arm.partition(",")[0]]
