@@ -64,8 +64,8 @@ class Ledger:
             "machine": machine(),
             "rows": old.get("rows", {}),
         }
-        machine_ = self.data["machine"]  # what runs, until it ends
-        self.code = {"commit": commit(), "threads": machine_["torch_threads"], "products": machine_["fp32_products"]}
+        here = self.data["machine"]  # what runs, until it ends
+        self.code = {"commit": commit(), "threads": here["torch_threads"], "products": here["fp32_products"]}
 
     def row(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row under `key`, measured now unless it is there."""

@@ -282,7 +282,8 @@ def measured(
         "evaluate": asked.model_dump(mode="json", exclude={"speed", "repeats"}),
         "dtype": recipe.dtype,
         "text": None if asked.text is None else read_text(asked.text)[1],
-        **{name: machine()[name] for name in ("versions", "fp32_products")},
+        "versions": machine()["versions"],
+        "fp32_products": products.library(),
         "code": cache.code(),
     }
     path = cache.cache_dir("measures") / f"{cache.key(inputs)}.json"
