@@ -12,13 +12,15 @@ from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES
 from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.plan import Plan
+from regrow.artifacts.shape import gone, tensor_size
 from regrow.artifacts.share import ZERO_SPREADS
 from regrow.artifacts.sparsity import Sparsity
-from regrow.engines import checkpoint, masks, moving_masks, provenance, spp_forward, tokens
+from regrow.engines import checkpoint, masks, moving_masks, provenance, spp_forward, tokens, zeros
 from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
-from regrow.engines.packed import Packed, as_packed
+from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, is_rows, shared
 from regrow.errors import SettingsError, TextError
 from regrow.settings import BASE, KEEPS, KEEPS_CUT, Recipe, Recover
@@ -49,6 +51,12 @@ def check_words(recipe: Recipe) -> Wish | None:
     if asked is not None and asked.tokens:
         as_train(asked, recipe.seed)
         DIVERGENCES.get(asked.loss)
+        if recipe.dtype == "fp16":
+            raise SettingsError(
+                "recovery in fp16, where gradients of deep models vanish",
+                "fp32 or bf16",
+                "use --dtype bf16; weights are stored in the checkpoint's own type all the same",
+            )
         if asked.method in WHOLE and recipe.dtype != "fp32":
             raise SettingsError(
                 f"recovery of all weights in {recipe.dtype}",
@@ -146,6 +154,21 @@ def check_spp(subject: Subject, recipe: Recipe) -> None:
     spp_forward.check_rank(asked.rank, rows)
 
 
+def check_planned(subject: Subject, plan: Plan, recipe: Recipe) -> None:
+    """Refuse a rank of SPP that does not divide the outputs which a cut leaves. Raises `SettingsError`."""
+    asked = recipe.recover
+    if asked is None or not asked.tokens or asked.method != "spp":
+        return
+    shape, names = plan.shape(), set(zeros.prunable(subject.anatomy))
+    layers = {units.index: left for units, left in zip(plan.layers, shape.layers, strict=True)}
+    rows = {
+        tensor.name: tensor_size(subject.anatomy, tensor, layers[tensor.layer], shape.channels)[-2]
+        for tensor in subject.anatomy.tensors
+        if tensor.name in names and tensor.layer in layers and not gone(tensor, layers[tensor.layer])
+    }
+    spp_forward.check_rank(asked.rank, rows)
+
+
 def check_tongue(subject: Subject, recipe: Recipe) -> None:
     """Refuse a teacher whose tokens are others, whose files are broken, or who is the model itself, before anything is
     pruned for it. Raises `SettingsError`, `BrokenModel`."""
@@ -194,13 +217,12 @@ def check_texts(subject: Subject, recipe: Recipe) -> None:
     check_length(subject.model, subject.tokenizer, recipe.evaluate)
     if recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify):
         text, block = documents(recipe.calibration.text, "calibration"), recipe.calibration.block
-        tokens.blocks(text, subject.tokenizer, block=block, tokens=block, seed=recipe.seed)
+        what = f"the calibration part of {recipe.calibration.text}"
+        tokens.blocks(text, subject.tokenizer, block=block, tokens=block, seed=recipe.seed, what=what)
     asked = recipe.recover
     if asked is not None and asked.tokens:
-        whole = asked.learn == "answers"  # one block may hold none, so all of the text is looked at
-        for part, count, seed in recovery_parts(recipe):
-            found = recovery_text(subject, asked, part, count=count if whole else asked.block, seed=seed)
-            as_packed(found, f"{asked.text}, its {part} part")
+        for part, _, seed in recovery_parts(recipe):
+            recovery_text(subject, asked, part, count=asked.block, seed=seed)
 
 
 def recovery_parts(recipe: Recipe) -> tuple[tuple[Part, int, int], ...]:
@@ -219,6 +241,7 @@ def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, s
         seed=seed,
         template=asked.template,
         learn=asked.learn,
+        what=f"the {part} part of {asked.text}",
     )
 
 

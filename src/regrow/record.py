@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.report import Measure
 from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import provenance
@@ -24,9 +25,10 @@ def origin_of(subject: Subject, held: Holder) -> dict[str, Any]:
     return {**known, "holder": held.kind, "holder_note": held.note}
 
 
-def zeros_of(subject: Subject, *, always: bool) -> Sparsity | None:
+def zeros_of(subject: Subject, recipe: Recipe, *, always: bool) -> Sparsity | None:
     """The zeros of a model; None of a dense one, unless they are wanted `always`."""
-    found = of_model(subject.model, subject.anatomy)
+    asked = recipe.sparsify.pattern if recipe.sparsify else subject.source.get("sparsity", {}).get("pattern")
+    found = of_model(subject.model, subject.anatomy, None if asked is None else Pattern.parse(asked))
     return found if always or found.sparse else None
 
 
@@ -70,7 +72,7 @@ def notes_of_folder(subject: Subject, out: Path, recipe: Recipe, kept: Sparsity 
         "base_model": source.get("base_model", provenance.lasting(source.get("asked", "demo"))),
         "base": source.get("base", own),
     }
-    if kept is not None and kept.sparse:
+    if kept is not None and (kept.sparse or recipe.sparsify):
         asked = recipe.sparsify.pattern if recipe.sparsify else _pattern(source.get("sparsity", {}), kept)
         layers = [row["zeros"] / row["weights"] for row in by_layer(subject, kept, {})]
         notes["sparsity"] = {"pattern": asked, "share": kept.share, "layers": layers, "mask_hash": kept.mask_hash}

@@ -37,6 +37,7 @@ from regrow.errors import RegrowWarning
 from regrow.prepare import (
     calibrates,
     check,
+    check_planned,
     check_subject,
     chosen_criteria,
     recovery_parts,
@@ -83,7 +84,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         subject = load(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
         )
-    zeros = zeros_of(subject, always=wish is None)
+    zeros = zeros_of(subject, recipe, always=wish is None)
     recipe = with_method(recipe, zeros)
     check_subject(subject, recipe, wish)
     plan, scores = Plan.everything(subject.anatomy), None
@@ -92,6 +93,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
             scores = scored(subject, recipe, record, progress)
         with clock.stage("plan"):
             plan = make_plan(subject.anatomy, scores, wish)
+            check_planned(subject, plan, recipe)
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress)
     done = _Done(holder(subject.model.config, subject.anatomy, plan))
@@ -110,7 +112,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     with clock.stage("evaluate after"):
         after = _measure(subject, recipe, progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
-    kept = None if zeros is None else zeros_of(subject, always=True)
+    kept = None if zeros is None else zeros_of(subject, recipe, always=True)
     report = Report(
         model=origin_of(subject, done.holder),
         made_by=_made_by(recipe, subject, plan),
@@ -176,6 +178,8 @@ def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, An
     kept = statistics(subject, recipe) if calibrates(recipe) and recipe.sparsify.keep_statistics else None
     record["cached"] = kept is not None and sparsify.reads_kept(recipe.sparsify, kept)
     record["tokens"] = 0 if blocks is None else blocks.numel()
+    if blocks is not None and (said := sparsify.warning(subject.anatomy, recipe.sparsify, blocks.numel())):
+        warnings.warn(said, RegrowWarning, stacklevel=2)
     found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, kept=kept, progress=progress)
     spread = " on average over the layers" if len(set(found.patterns)) > 1 else ""
     notes = (
@@ -188,8 +192,11 @@ def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, An
 
 
 def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
-    """A note where the text had fewer blocks (n, T) than were asked for."""
-    if blocks is None or blocks.numel() > asked.tokens - asked.block:
+    """A note where the text had fewer blocks (n, T) than were asked for, or none were read."""
+    if blocks is None:
+        unread = asked.text != Calibration().text
+        return (f"the text {asked.text} was not read: the method looks at weights alone",) if unread else ()
+    if blocks.numel() > asked.tokens - asked.block:
         return ()
     return (f"the text's calibration part filled {blocks.numel():,} of the {asked.tokens:,} tokens asked for",)
 

@@ -43,7 +43,9 @@ class Sparsify(_Part):
     """Zeros in the weight matrices of the decoder layers; shapes stay. A recipe has `keep: null` then."""
 
     pattern: str = Field(
-        default="50%", description="a percentage of zeros, or kept of every so many neighbours: 2:4, 2:8"
+        default="50%",
+        coerce_numbers_to_str=True,
+        description="a percentage of zeros, or kept of every so many neighbours: 2:4, 2:8",
     )
     criterion: str = Field(
         default="sparsegpt", description="what scores a weight, or a solver that brings its own start; `regrow ls`"
@@ -80,16 +82,6 @@ class Sparsify(_Part):
     existing: Literal["refuse", "keep"] = Field(
         default="refuse", description="a model that is sparse already: refuse it, or keep every zero it has"
     )
-
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _not_base_sixty(cls, pattern: Any) -> Any:
-        """YAML 1.1 reads 2:4 as two minutes and four seconds. Numbers that are more likely meant as such stay, and are
-        no pattern; 1:4 in a recipe needs quotes."""
-        whole = isinstance(pattern, int) and not isinstance(pattern, bool)
-        if not whole:
-            return pattern
-        return f"{pattern // 60}:{pattern % 60}" if pattern >= 120 else str(pattern)
 
 
 DROPOUT = 0.05  # LLM-Pruner's, for LoRA
@@ -269,10 +261,26 @@ def _keys(path: list[str]) -> list[str]:
     return [".".join([*path, name]) for name in (part or Recipe).model_fields]
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 without numbers to the base of sixty: 2:4 is a pattern, not two minutes and four seconds."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, re.compile(f"(?!.*:){form.pattern}", re.X) if tag.endswith((":int", ":float")) else form)
+            for tag, form in forms]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
+
+
+def read_yaml(text: str) -> Any:
+    """What a recipe, or a value in one, says. Raises `yaml.YAMLError`."""
+    return yaml.load(text, _Yaml)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The data of a YAML recipe. Raises `SettingsError` when it is not a mapping."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(
             f"recipe {path} cannot be read: {error}", "a YAML file", "check the path and the file"

@@ -32,7 +32,7 @@ WORK = {
     "update": Work(products=1.0),
     "mrp": Work(products=1.0),
     "refit": Work(grams=3.0, weights=14.0, products=40.0),  # twenty steps
-    "alps": Work(grams=10.2, products=180.0, cubes=9.0),  # forty steps of two products each, ten to polish
+    "alps": Work(grams=6.3, weights=10.4, products=180.0, cubes=9.0),  # forty steps of two products each, ten to polish
     "dsnot": Work(weights=20.0),
 }
 """Of solvers, as far as it is more; memory measured (bench/sparse_memory.py), operations counted."""
@@ -66,6 +66,7 @@ def sparse_bytes(
         passing = block * (6 * sizes["C"] + 4 * sizes["F"]) + sum(squares) if reads else 0
         working = [
             sum(squares[i + 1 :])
+            + (site.experts - 1) * squares[i] / site.experts
             + both * site.channels**2
             + max(work.grams * site.channels**2 + work.weights * site.widest * site.channels for work in needs)
             for i, site in enumerate(sites)

@@ -54,7 +54,7 @@ def check_manifest(folder: Path, pattern: Pattern) -> str:
     assert noted == {"pattern": pattern.written, "share": census["share"], "mask_hash": census["mask_hash"]}
     assert sum(layers) / len(layers) == pytest.approx(census["share"])
     assert (said["pattern"], said["pattern_text"]) == (pattern.written, str(pattern))
-    assert said["notes"] == []
+    assert all("met fewer tokens than they have inputs" in note for note in said["notes"])
     assert set(census["matrices"]) == set(matrices(weights(folder)))
     assert census["zeros"] == sum(m["zeros"] for m in census["matrices"].values())
     assert report.after["size/nonzero_weights"].value == census["weights"] - census["zeros"]

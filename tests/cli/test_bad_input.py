@@ -306,7 +306,7 @@ def test_a_disk_that_fills_up(refused: Refused, sprout_dir: Path, out: Path, mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_torch_state_dict", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     says = ("cannot be written", "No space left on device")
     refused("prune", sprout_dir, "--out", out, *QUICK, says=says, code=1)
     monkeypatch.undo()

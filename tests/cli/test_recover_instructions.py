@@ -48,3 +48,16 @@ def test_answers_alone_are_learnt(regrow: Command, sprout_dir: Path, rows: Path,
     assert (some["template"], some["learn"]) == ("alpaca", "answers")
     assert (every["template"], every["learn"]) == (None, "all")
     assert answers < 0.2 < whole
+
+
+def test_long_questions_are_passed_over(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
+    """One block in twenty reaches into an answer; as many of those are read as were asked for."""
+    rows, out = tmp_path / "long.json", tmp_path / "out"
+    data = [{"prompt": f"{i} " + "many words " * 300, "completion": "Yes."} for i in range(60)]
+    rows.write_text(json.dumps(data), encoding="utf-8")
+    few = ("--tokens", 128, "--set", "recover.block=32", "--set", "recover.batch=2", "--set", "recover.micro_batch=2")
+    asked = ("--train", rows, "--template", "alpaca", "--learn", "answers", "--text", "none")
+    done = regrow("recover", sprout_dir, "--out", out, "--adapter", "lora", *few, *asked, "--json")
+    assert done.code == 0, done.err
+    report = Report.from_json(json.loads((out / "report.json").read_text(encoding="utf-8")))
+    assert not [note for note in report.notes if "times over" in note]

@@ -82,6 +82,7 @@ def test_a_folder_that_is_not_there(refused: Refused, sprout_dir: Path, tmp_path
         (("--solver", "refit", "--option", "steps=2.5"), ("option steps=2.5", "a whole number")),
         (("--solver", "refit", "--option", "tolerance=small"), ("option tolerance='small'", "a number")),
         (("--solver", "update", "--option", "hold=1"), ("option hold=1", "true or false")),
+        (("--solver", "alps", "--option", "penalty=0"), ("option penalty=0", "a number, more than 0")),
         (("--option", "steps"), ("NAME=VALUE",)),
         (("--inputs", "prund"), ("unknown sparsify.inputs 'prund'", "did you mean 'pruned'", "both")),
         (("--existing", "maybe"), ("unknown sparsify.existing 'maybe'", "refuse, keep")),
@@ -105,6 +106,7 @@ def test_words(refused: Refused, sprout_dir: Path, out: Path, flags: tuple[str, 
         (("--rank", "0"), ("recover.rank = 0", "greater than or equal to 1")),
         (("--dropout", "1"), ("recover.dropout = 1", "less than 1")),
         (("--adapter", "full", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=spp")),
+        (("--adapter", "spp", "--dtype", "fp16"), ("recovery in fp16", "fp32 or bf16", "use --dtype bf16")),
         (("--adapter", "ast", "--dtype", "bf16"), ("recovery of all weights in bf16", "recover.method=spp")),
         (("--set", "recover.adapter=spp"), ("unknown recipe key 'recover.adapter'",)),
         (("--template", "alpca"), ("unknown recover.template 'alpca'", "did you mean 'alpaca'", "chat")),
@@ -127,17 +129,6 @@ def test_a_row_without_an_answer(refused: Refused, sprout_dir: Path, tmp_path: P
     rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "input": "d"}\n', encoding="utf-8")
     says = ("rows.jsonl: line 2: 'output' is missing", "instruction (and input) with output", "complete the row")
     refused("recover", sprout_dir, "--train", rows, "--out", tmp_path / "out", "--text", "none", says=says)
-
-
-@pytest.mark.usefixtures("early")
-def test_answers_that_no_block_reaches(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
-    """Found before anything is pruned or trained."""
-    rows = tmp_path / "rows.jsonl"
-    row = '{{"prompt": "{} {}", "completion": "b"}}\n'
-    rows.write_text("".join(row.format(i, "many words " * 300) for i in range(60)), encoding="utf-8")
-    says = ("rows.jsonl, its recovery part: ", "tokens, and none of them is learnt", "lengthen the block")
-    few = ("--learn", "answers", "--template", "alpaca", "--tokens", 64, "--set", "recover.block=16")
-    refused("recover", sprout_dir, "--train", rows, *few, "--out", tmp_path / "out", "--text", "none", says=says)
 
 
 @pytest.mark.usefixtures("early")
@@ -243,6 +234,18 @@ def test_a_rank_that_does_not_divide(refused: Refused, sprout_dir: Path, out: Pa
     refused(*whole, "--set", "recover.rank=12", says=("SPP of rank 12",))
 
 
+@pytest.mark.usefixtures("early")
+def test_a_rank_that_does_not_divide_what_a_cut_leaves(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "cut.yaml"
+    recipe.write_text(
+        "{keep: 71%, criterion: magnitude, recover: {method: spp, tokens: 2048, block: 64, rank: 16},"
+        " evaluate: {text: null, speed: false}}",
+        encoding="utf-8",
+    )
+    says = ("SPP of rank 16 on model.layers.", "a rank that divides the outputs of every linear")
+    refused("run", recipe, "--model", sprout_dir, "--out", tmp_path / "out", says=says)
+
+
 def test_a_dense_model_has_no_zeros_to_move(refused: Refused, sprout_dir: Path, out: Path) -> None:
     says = ("a model that is not sparse", "no zeros to move", "at least 5 % zeros", "regrow sparsify")
     refused("recover", sprout_dir, "--adapter", "ast", *TRAIN, "--out", out, says=says)
@@ -307,7 +310,7 @@ def test_text_shorter_than_one_block(refused: Refused, sprout_dir: Path, out: Pa
     short = tmp_path / "short.txt"
     short.write_text("\n\n".join(f"Part {i}. " + "And so on it went. " * 12 for i in range(40)), encoding="utf-8")
     ask = ("sparsify", sprout_dir, "--criterion", "wanda", "--text", "none", "--out", out)
-    refused(*ask, "--calibration", short, says=("the text gives", "512, one block"))
+    refused(*ask, "--calibration", short, says=("the calibration part of ", "gives 231 tokens", "512, one block"))
 
 
 def test_an_output_that_exists(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:

@@ -167,11 +167,24 @@ def test_a_damping_that_was_raised_is_said(sparsify: Sparsifier, short: Path) ->
     few = ("--calibration-tokens", 64, "--damping", 0)
     folder, done = sparsify(short, "--criterion", "sparsegpt", "--pattern", "50%", *few)
     said = read(folder, "sparsity.json")["notes"]
-    assert len(said) == 14
-    assert all(": damping raised to " in note for note in said)
+    *raised, scarce = said
+    assert len(raised) == 14
+    assert all(": damping raised to " in note for note in raised)
+    assert scarce.startswith("14 of 14 matrices met fewer tokens than they have inputs, ")
+    assert "model.layers.0.mlp.down_proj 64 for 352: a Gram matrix" in scarce
+    assert "64 tokens for 352 inputs of model.layers.0.mlp.down_proj.weight: a Gram matrix of so few" in done.err
     assert all(f"note: {note}" in done.out for note in said)
     assert set(said) <= set(read_report(folder).notes)
     check_pattern(weights(folder), Pattern.parse("50%"))
+
+
+def test_a_pattern_too_thin_to_call_sparse_is_recorded(sparsify: Sparsifier, short: Path, regrow: Command) -> None:
+    folder, done = sparsify(short, "--criterion", "magnitude", "--pattern", "3%")
+    assert read(folder, "regrow.json")["sparsity"]["pattern"] == "3%"
+    assert any("was not read: the method looks at weights alone" in note for note in read_report(folder).notes)
+    assert "was not read" in done.out
+    found = regrow("inspect", folder, "--sparse", "--json").json["sparsity"]
+    assert (found["mask_intact"], found["pattern_in"]) == (True, 14)
 
 
 def test_swaps_come_before_a_refit(sparsify: Sparsifier, short: Path) -> None:
@@ -265,6 +278,7 @@ def test_inspect_sparse(regrow: Command, two_of_four: Path, sprout_dir: Path, tm
     assert (found["weights"], found["zeros"], found["share"]) == (1_105_920, 552_960, 0.5)
     assert (found["groups"], found["pattern"]) == ("2:4", "50 % zeros (2 of 4 kept)")
     assert found["mask_intact"] is True
+    assert found["pattern_in"] == 42
     assert found["mask_hash"] == read(two_of_four, "regrow.json")["sparsity"]["mask_hash"]
     assert len(found["matrices"]) == found["semi_structured"]["of"] == 42
     odd = {n for n in found["matrices"] if n.endswith("down_proj.weight")}  # 352 inputs are no multiple of 64
@@ -278,6 +292,8 @@ def test_inspect_sparse(regrow: Command, two_of_four: Path, sprout_dir: Path, tm
     broken = regrow("inspect", tampered(two_of_four, tmp_path / "broken"), "--sparse", "--json")
     assert broken.json["sparsity"]["mask_intact"] is False
     assert broken.json["sparsity"]["groups"] is None
+    assert broken.json["sparsity"]["pattern_in"] == 41
+    assert "50 % zeros (2 of 4 kept), in 41 of 42 matrices" in broken.out
     assert "NOT intact" in broken.out
     dense = regrow("inspect", sprout_dir, "--sparse", "--json")
     assert dense.json["sparsity"]["mask_intact"] is None

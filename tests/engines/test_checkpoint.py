@@ -19,7 +19,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from models import VOCAB, anatomy_of, cut, difference, logits, make, plan, tokenizer
+from models import VOCAB, anatomy_of, cut, difference, families, logits, make, plan, tokenizer
 from regrow.engines import checkpoint, provenance
 from regrow.errors import (
     BrokenModel,
@@ -131,13 +131,33 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(OutputError, match="the disk is full"), checkpoint.staged(tmp_path / "out"):
         full()
-    monkeypatch.setattr(checkpoint, "save_torch_state_dict", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OutputError, match="No space left"), checkpoint.staged(tmp_path / "out") as folder:
         checkpoint.write(make("llama"), tokenizer(), folder, torch.float32, None)
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OutputError, match="the disk is full"), checkpoint.staged(tmp_path / "out") as folder:
         (folder / "file").write_text("x")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", [*dict(families()), "mixtral", "qwen3_moe"])
+def test_weights_are_called_as_everywhere(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and shapes are those that stock transformers write, in one file and in several."""
+    model = make(kind, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "stock")
+    expected = load_file(tmp_path / "stock" / "model.safetensors")
+    for size in (checkpoint._FILE, 20_000):
+        monkeypatch.setattr(checkpoint, "_FILE", size)
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        checkpoint.write(model, tokenizer(), folder, torch.float32, None)
+        files = checkpoint.weight_files(folder)
+        assert (len(files) > 1) is (size == 20_000)
+        found = {name: value for file in files for name, value in load_file(folder / file).items()}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        ids = checkpoint.probe(model.config.vocab_size)
+        checkpoint.reread(folder, checkpoint.logits(model, ids), ids)
 
 
 def test_out_is_tried_before_the_work(tmp_path: Path) -> None:

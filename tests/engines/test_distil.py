@@ -22,7 +22,7 @@ from models import ids, make, randomise
 from regrow.artifacts.goal import DIVERGENCES, Divergence, divergence
 from regrow.engines import head as heads
 from regrow.engines.adapters import add_adapters
-from regrow.engines.distil import FromTeacher, bare, check_teacher, needed_head
+from regrow.engines.distil import FromTeacher, bare, check_teacher, checked_head, needed_head
 from regrow.engines.train import next_token, train
 from regrow.errors import SettingsError, UnknownName, UnsupportedModel
 from regrow.losses.forward_kl import forward_kl
@@ -97,6 +97,21 @@ def test_logits_may_be_shifted_and_large() -> None:
     assert bool((forward_kl(teacher, student) > 0).all())
 
 
+def test_what_a_teacher_rules_out_costs_nothing() -> None:
+    """Rows that pad a vocabulary are -inf in some models: of them nothing is learnt, and nothing is NaN."""
+    source = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(5, 11, generator=source) for _ in range(2))
+    padded = torch.cat([teacher, torch.full((5, 3), -math.inf)], 1)
+    wide = torch.cat([student, torch.full((5, 3), -math.inf)], 1).requires_grad_()
+    found = forward_kl(padded, wide)
+    assert torch.allclose(found, forward_kl(teacher, student))
+    found.sum().backward()
+    assert wide.grad is not None
+    assert bool(wide.grad.isfinite().all())
+    assert bool(forward_kl(padded, torch.cat([student, torch.zeros(5, 3)], 1)).isfinite().all())
+    assert bool(forward_kl(teacher * math.nan, student).isnan().all())
+
+
 def test_losses_are_registered_with_their_paper() -> None:
     assert kl().measure is forward_kl
     assert kl().options == {"temperature": 1.0}
@@ -126,8 +141,9 @@ def test_equal_to_whole_logits(monkeypatch: pytest.MonkeyPatch, kind: str, rows:
     theirs = gradients(student)
     student.zero_grad()
     tracked: list[bool] = []
+    goal = FromTeacher(teacher, kl())
     teacher.register_forward_hook(lambda *_: tracked.append(torch.is_grad_enabled()))
-    found = FromTeacher(teacher, kl())(student, {"input_ids": ids()})
+    found = goal(student, {"input_ids": ids()})
     found.backward()
     ours = gradients(student)
     assert tracked == [False], "the teacher runs once, and keeps nothing for a backward pass"
@@ -147,6 +163,7 @@ def test_a_forgotten_soft_cap_is_seen(monkeypatch: pytest.MonkeyPatch, whose: st
     expected = plain(student, teacher, ids()).item()
     right, forgetful = heads.shaping, {"student": student, "teacher": teacher}[whose].config
     monkeypatch.setattr(heads, "shaping", lambda c: (lambda x: x) if c is forgetful else right(c))
+    monkeypatch.setattr("regrow.engines.distil.trusted_head", lambda *_: True)  # which would refuse it
     found = FromTeacher(teacher, kl())(student, {"input_ids": ids()}).item()
     assert abs(found - expected) > 0.01 * expected
 
@@ -310,3 +327,16 @@ def test_heads_must_be_linear() -> None:
     with pytest.raises(UnsupportedModel, match="a student whose head is a Sequential"):
         FromTeacher(make("llama"), kl())(odd, {"input_ids": ids()})
     assert needed_head(make("llama"), "teacher").bias is None
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
+def test_heads_that_scale_or_cap_are_known(kind: str) -> None:
+    assert checked_head(make(kind), "teacher").bias is None
+
+
+def test_a_head_that_does_more_teaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its probabilities would be wrong without a word."""
+    model = make("gemma2", **CAP)
+    monkeypatch.setattr(heads, "shaping", lambda _: lambda logits: logits)
+    with pytest.raises(UnsupportedModel, match=r"a teacher \(gemma2\) whose logits are not those"):
+        FromTeacher(model, kl())

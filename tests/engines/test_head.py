@@ -86,8 +86,19 @@ def test_only_what_is_wanted_gets_a_gradient() -> None:
     assert states.grad is not None
     assert weight.grad is None
     assert bias.grad is None
+
+
+def test_without_gradients_none_is_made() -> None:
+    """Held-out losses of a head that is trained."""
+    states, weight, bias = parts()
+
+    def measure(logits: Tensor, _: slice) -> Tensor:
+        assert not logits.requires_grad
+        return logits.square().sum(1)
+
     with torch.no_grad():
-        assert not mean_over_tokens(head, states, lambda logits, _: logits.sum(1)).requires_grad
+        found = mean_over_tokens(Head(weight, bias, shaping(object())), states, measure)
+    assert not found.requires_grad
 
 
 def test_a_token_that_weighs_nothing_has_no_gradient() -> None:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from regrow.engines import texts
 from regrow.engines.instructions import Lesson, Turn, alpaca, chat, chosen_template, kind, read_lesson
+from regrow.engines.packed import Packed
 from regrow.engines.texts import Document, documents
 from regrow.engines.tokens import blocks, lessons
 from regrow.errors import RegrowError, SettingsError, TextError
@@ -318,14 +319,20 @@ def runs(ids: Tensor, learn: Tensor) -> list[str]:
     ]
 
 
+def in_one(given: list[Document], tok: Any, **asked: Any) -> Packed:
+    """All answers in one block, so that none is left out."""
+    size = lessons(given, tok, block=4, tokens=None, **asked).ids.numel()
+    return lessons(given, tok, block=size, tokens=None, learn="answers", **asked)
+
+
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
 def test_the_mask_is_the_answers(template: Any) -> None:
     """Each with what ends it; the last may have lost some with the tail. A mask that is off by one shows others."""
     given = rows(40)
-    found = lessons(taught(*given), tokenizer(), block=16, tokens=None, seed=1, template=template, learn="answers")
+    found = in_one(taught(*given), tokenizer(), seed=1, template=template)
     assert found.learn is not None
     assert (found.ids.dtype, found.learn.dtype) == (torch.int64, torch.bool)
-    assert found.ids.shape == found.learn.shape == (len(found.ids), 16)
+    assert found.ids.shape == found.learn.shape
     expected = {f"{row['output']}{END}" for row in given}
     *whole, _ = runs(found.ids, found.learn)
     assert len(whole) >= 38
@@ -355,15 +362,33 @@ def test_packing_by_hand(template: Any) -> None:
     count = len(ids) // 8
     found = lessons(given, tok, block=8, tokens=None, seed=3, template=template, learn="answers")
     assert found.learn is not None
-    assert found.ids.flatten().tolist() == ids[: 8 * count]
-    assert found.learn.flatten().tolist() == flags[: 8 * count]
+    useful = [i for i in range(0, 8 * count, 8) if any(flags[i + 1 : i + 8])]
+    assert found.ids.tolist() == [ids[i : i + 8] for i in useful]
+    assert found.learn.tolist() == [flags[i : i + 8] for i in useful]
     whole = lessons(given, tok, block=8, tokens=None, seed=3, template=template)
-    assert torch.equal(whole.ids, found.ids)
+    assert whole.ids.flatten().tolist() == ids[: 8 * count]
     assert whole.learn is None
     few = lessons(given, tok, block=8, tokens=40, seed=3, template=template, learn="answers")
     assert few.learn is not None
     assert torch.equal(few.ids, found.ids[:5])
     assert torch.equal(few.learn, found.learn[:5])
+
+
+def test_long_questions_leave_as_many_blocks_as_were_asked() -> None:
+    """Blocks that reach into no answer are passed over, and later ones read."""
+    long = [{"instruction": "long " * 50, "input": "", "output": f"w{i}"} for i in range(40)]
+    given, tok = taught(*long), tokenizer()
+    found = lessons(given, tok, block=8, tokens=64, seed=0, template="alpaca", learn="answers")
+    assert len(found.ids) == 8
+    assert bool((found.targets() > 0).all())
+    every = lessons(given, tok, block=8, tokens=None, seed=0, template="alpaca", learn="answers")
+    assert torch.equal(every.ids[:8], found.ids)
+    assert len(every.ids) > 30
+    block = lessons(given[:1], tok, block=8, tokens=None, seed=0, template="alpaca").ids.numel() - 8
+    with pytest.raises(TextError, match=r"a file: \d+ tokens, and none of them is learnt"):
+        lessons(given[:1], tok, block=block, tokens=2, seed=0, template="alpaca", learn="answers", what="a file")
+    with pytest.raises(TextError, match=r"a file gives \d+ tokens"):
+        lessons(given[:1], tok, block=1000, tokens=2, seed=0, template="alpaca", learn="answers", what="a file")
 
 
 @pytest.mark.parametrize("tail", ["\n", END, f"{END}\n"])
@@ -372,7 +397,7 @@ def test_a_chat_template_ends_by_itself_or_is_ended(tail: str) -> None:
     turn = "{{ m['role'] }}: {{ m['content'] }}{{ " + repr(tail) + " }}"
     prompt = "{% if add_generation_prompt %}assistant: {% endif %}"
     tok = with_template(f"{{% for m in messages %}}{turn}{{% endfor %}}{prompt}")
-    found = lessons(taught(RIVER, SUM), tok, block=4, tokens=None, seed=0, learn="answers")
+    found = in_one(taught(RIVER, SUM), tok, seed=0)
     assert found.learn is not None
     first = runs(found.ids, found.learn)[0]
     assert first in {f"{row['output']}{tail}{'' if END in tail else END}" for row in (RIVER, SUM)}

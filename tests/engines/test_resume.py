@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from training import STEP, Stop, patterns, pull_plug, same, settings, tiny, weig
 
 from models import ids, make
 from regrow.engines.adapters import add_adapters
-from regrow.engines.resume import fingerprint, newest, weights_fingerprint
+from regrow.engines.resume import fingerprint, newest, open_run, weights_fingerprint
 from regrow.engines.train import train
 from regrow.errors import BrokenModel, OutputError, SettingsError
 
@@ -109,6 +110,21 @@ def test_incomplete_checkpoints_do_not_count(tmp_path: Path) -> None:
     assert newest(tmp_path) == tmp_path / "checkpoint-3"
     train(again, patterns(), settings(), folder=tmp_path)
     assert same(weights(model), weights(again))
+
+
+def test_two_processes_clean_up_at_once(tmp_path: Path) -> None:
+    """As they do when a run starts again after it was killed while it wrote."""
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        for step in range(3):
+            torn = folder / f"checkpoint-{step}" / "inner"
+            torn.mkdir(parents=True)
+            for i in range(20):
+                (torn / f"file{i}").write_text("x")
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda _, folder=folder: open_run(folder, {"a": 1}, resume=True), range(2)))
+        assert found == [None, None]
+        assert sorted(path.name for path in folder.iterdir()) == ["run.json"]
 
 
 def test_starting_over(tmp_path: Path) -> None:

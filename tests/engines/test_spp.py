@@ -252,6 +252,18 @@ def test_autocast(form: str) -> None:
     assert apart({name: value.float() for name, value in found.items()}, exact) < 0.03
 
 
+def test_forms_have_one_gradient_under_autocast() -> None:
+    """Products in bf16 are the same in all; what comes after them is made in the type of the factors."""
+    x, push = draw(3, 7, N, seed=5).float(), draw(3, 7, M, seed=6).float()
+    found = {}
+    for form in FORMS:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            grads = gradients(layer(form).float(), x, push)
+        found[form] = torch.cat([grads[name].float().flatten() for name in ("alpha", "beta")])
+    scale = found["checkpointed"].abs().max()
+    assert float((found["folded"] - found["checkpointed"]).abs().max() / scale) < 0.01
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_are_narrow_under_autocast(form: str) -> None:
     made, x = layer(form).float(), draw(3, 7, N).float()
@@ -815,6 +827,12 @@ def test_ranks_that_are_offered_divide_every_linear() -> None:
     ("changes", "match"),
     [
         ({"r": 0}, "r = 0"),
+        ({"r": 4.0}, "r = 4.0"),
+        ({"r": True}, "r = True"),
+        ({"r": "4"}, "r = '4'"),
+        ({"spp_alpha": 0.0}, "spp_alpha = 0"),
+        ({"spp_alpha": -3.0}, "spp_alpha = -3"),
+        ({"spp_alpha": float("nan")}, "spp_alpha = nan"),
         ({"spp_dropout": 1.0}, "spp_dropout = 1"),
         ({"spp_dropout": -0.1}, "spp_dropout = -0.1"),
         ({"form": "fast"}, "form = fast"),
@@ -824,6 +842,48 @@ def test_ranks_that_are_offered_divide_every_linear() -> None:
 def test_bad_settings(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(SettingsError, match=match):
         settings(**changes)
+
+
+class Quantised(nn.Linear):
+    """As libraries make them: a linear by class, whole numbers inside."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = nn.Parameter((100 * linear.weight).to(torch.int8), requires_grad=False)
+
+
+class InPieces(nn.Linear):
+    """What a rank holds of a linear whose weights lie in many places."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = nn.Parameter(torch.empty(0))
+
+
+@pytest.mark.parametrize("kind", [Quantised, InPieces])
+def test_weights_that_are_not_whole_numbers_of_the_model(kind: type[Quantised | InPieces]) -> None:
+    """Refused, and linears before it are as they were."""
+    model = make("llama")
+    model.model.layers[1].mlp.up_proj = kind(model.model.layers[1].mlp.up_proj)
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(SettingsError, match=rf"model\.layers\.1\.mlp\.up_proj, a {kind.__name__}"):
+        get_peft_model(model, settings())
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(p.requires_grad for name, p in model.named_parameters() if "layers.1.mlp.up_proj" not in name)
+
+
+def test_whatever_goes_wrong_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    before = [(name, type(module)) for name, module in model.named_modules()]
+
+    def fail(*_: object) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("regrow.engines.spp.mask_hash", fail)
+    with pytest.raises(MemoryError):
+        get_peft_model(model, settings())
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_only_linears() -> None:

@@ -136,8 +136,10 @@ def test_parquet_takes_the_column_text(tmp_path: Path) -> None:
 
     parquet.write_table(pa.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), tmp_path / "x.parquet")
     assert [d.text for d in documents(str(tmp_path / "x.parquet"), None)] == ["one", "two"]
-    parquet.write_table(pa.table({"body": ["one"]}), tmp_path / "y.parquet")
-    with pytest.raises(TextError, match=r"no column 'text'; its columns are \['body'\]"):
+    parquet.write_table(pa.table({"body": ["one", "", None, "two"], "n": [1, 2, 3, 4]}), tmp_path / "only.parquet")
+    assert [d.text for d in documents(str(tmp_path / "only.parquet"), None)] == ["one", "two"]
+    parquet.write_table(pa.table({"body": ["one"], "title": ["two"]}), tmp_path / "y.parquet")
+    with pytest.raises(TextError, match=r"no column 'text', nor only one of text; its columns are \['body', 'title'\]"):
         documents(str(tmp_path / "y.parquet"), None)
 
 

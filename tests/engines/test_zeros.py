@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models import anatomy_of, families, make, tokenizer
+from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.sparsity import Sparsity, Zeros
 from regrow.engines import checkpoint, zeros
 from regrow.engines.inputs import matrices
@@ -76,6 +77,26 @@ def test_counts_by_hand() -> None:
 )
 def test_the_tightest_groups(rows: Sequence[Any], groups: str | None) -> None:
     assert one(rows).groups == groups
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "1:3", "3:6", "16:48"])
+def test_groups_of_the_size_that_was_asked_are_found(pattern: str) -> None:
+    asked = Pattern.parse(pattern)
+    row = (torch.arange(96) % asked.of < asked.keep).float()
+    (found,) = census([("w", row.expand(4, 96))], asked).matrices
+    assert found.groups == pattern
+    assert found.has(asked)
+    assert not found.has(Pattern.groups(asked.keep - 1, asked.of)) or asked.keep == 1
+    (full,) = census([("w", row.expand(4, 96).index_fill(1, torch.arange(asked.of), 1))], asked).matrices
+    assert not full.has(asked)
+
+
+@pytest.mark.parametrize(("zeros", "has"), [(12, True), (13, True), (11, False)])
+def test_a_percentage_that_a_matrix_has(zeros: int, has: bool) -> None:
+    """Half of rows of seven, three rounded down in each of four."""
+    weight = torch.ones(28)
+    weight[:zeros] = 0
+    assert census([("w", weight.view(4, 7))]).matrices[0].has(Pattern.parse("50%")) is has
 
 
 def test_what_a_matrix_keeps() -> None:

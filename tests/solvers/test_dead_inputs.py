@@ -14,21 +14,22 @@ from regrow.engines.sparsify import task_of
 DEAD = [1, 2, 17, 30]
 
 
-def problem(pattern: str, scale: float) -> Linear:
+def problem(pattern: str, scale: float, criterion: str = "sparsegpt") -> Linear:
     """Live inputs so small that a weight of a dead one looks large beside them."""
     source = torch.Generator().manual_seed(0)
     x = scale * torch.randn(512, 32, generator=source, dtype=torch.float64)
     x[:, DEAD] = 0
     w = torch.randn(24, 32, generator=source, dtype=torch.float64)
     seen = Inputs(x.square().sum(0), x.sum(0), x.var(0, correction=0))
-    return task_of(w, seen, Curvature(x.T @ x), WEIGHT_CRITERIA.get("sparsegpt"), Pattern.parse(pattern))
+    return task_of(w, seen, Curvature(x.T @ x), WEIGHT_CRITERIA.get(criterion), Pattern.parse(pattern))
 
 
 @pytest.mark.parametrize("pattern", ["50%", "2:4"])
 @pytest.mark.parametrize("name", ["update", "mrp", "alps", "refit"])
+@pytest.mark.parametrize("criterion", ["sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("scale", [1.0, 0.01])
-def test_they_go_first(name: str, pattern: str, scale: float) -> None:
-    task = problem(pattern, scale)
+def test_they_go_first(name: str, pattern: str, criterion: str, scale: float) -> None:
+    task = problem(pattern, scale, criterion)
     found = SOLVERS.get(name).solve(task, Lowest(task))
     assert bool(found.gone[:, DEAD].all())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.share import LEAST, ZERO_SPREADS, ZeroSpread, levelled, rounded, share
 from regrow.engines.trace import traces
 from regrow.engines.zeros import prunable
-from regrow.errors import SettingsError, UnknownName
+from regrow.errors import BrokenModel, SettingsError, UnknownName
 from regrow.spreads.zeros import OUTLIER, by_outliers, by_rank, outliers
 
 NAMES = ZERO_SPREADS.names()
@@ -367,6 +368,24 @@ def test_traces_are_those_of_the_exact_hessian(curved: Curved) -> None:
 def test_probes_that_are_not_random_are_found_out(curved: Curved, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "randint", lambda _high, shape, **_: torch.ones(shape, dtype=torch.int64))
     assert max(off(curved)) > 4
+
+
+def test_what_stays_dense_has_no_say(curved: Curved) -> None:
+    """All matrices of a layer, then one: its part of the exact trace is gone."""
+    anatomy = anatomy_of(curved.model)
+    first = [name.removesuffix(".weight") for name in prunable(anatomy) if ".layers.0." in name]
+    assert traces(curved.model, anatomy, curved.blocks, leave=first, probes=2)[0] == 0
+    whole = traces(curved.model, anatomy, curved.blocks, probes=2)
+    assert traces(curved.model, anatomy, curved.blocks, leave=["layers.0.mlp.down_proj"], probes=2)[0] != whole[0]
+
+
+def test_a_trace_that_is_no_number(curved: Curved) -> None:
+    """fp16 overflows without a word; a ranking by NaN would look like any other."""
+    model = copy.deepcopy(curved.model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.inf
+    with pytest.raises(BrokenModel, match="the Hessian of layer 0 has a trace that is not finite"):
+        traces(model, anatomy_of(model), curved.blocks, probes=1)
 
 
 def test_equal_seeds_give_equal_traces(curved: Curved) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import anatomy_of, make
 from regrow.artifacts.curvature import Curvature
 from regrow.artifacts.linear import SOLVERS, Inputs, Linear, Lowest, Sparse
 from regrow.artifacts.pattern import Pattern
@@ -234,9 +235,65 @@ def test_weights_that_are_no_numbers_are_not_written(sprout: Subject, monkeypatc
         sparsify.apply(sprout, Sparsify(pattern="2:4", criterion="lost"), text, seed=0)
 
 
+def test_weights_that_storage_cannot_hold_are_named(sprout: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def large(task: Linear, start: Sparse) -> Sparse:
+        return Sparse((7e4 * task.weight.sign()).masked_fill(start.gone, 0), start.gone)
+
+    none = replace(SOLVERS.get("none"), solve=large)
+    monkeypatch.setattr(sparsify, "_named", lambda _: (WEIGHT_CRITERIA.get("magnitude"), (none,)))
+    narrow = replace(sprout, store=torch.float16)
+    with pytest.raises(BrokenModel, match=r"model\.layers\.0\.self_attn\.q_proj\.weight has weights beyond float16"):
+        sparsify.apply(narrow, Sparsify(pattern="2:4", criterion="large"), None, seed=0)
+
+
 def test_a_penalty_of_nothing() -> None:
-    with pytest.raises(SettingsError, match=r"alps with penalty = 0\.0"):
-        answer("alps", penalty=0.0)
+    with pytest.raises(SettingsError, match=r"penalty=0 of solver 'alps'") as caught:
+        sparsify.choose(Sparsify(criterion="alps", options={"penalty": 0}))
+    assert caught.value.allowed == "a number, more than 0"
+
+
+def test_what_says_nothing_is_said(sprout: Subject) -> None:
+    asked = Sparsify(criterion="magnitude", inputs="both", mend=0.5, damping=0.1)
+    assert sparsify.apply(sprout, asked, None, seed=0).notes == (
+        "nothing came of damping and inputs = both and mend: that takes a method that reads Gram matrices, and "
+        "inputs = both",
+    )
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "dsnot"])
+def test_methods_without_a_gram_matrix_need_few_tokens(sprout: Subject, criterion: str) -> None:
+    assert sparsify.warning(sprout.anatomy, Sparsify(criterion=criterion), 8) is None
+
+
+def test_fewer_tokens_than_inputs(sprout: Subject) -> None:
+    """Said before and after; sprout's widest inputs are 352."""
+    asked = Sparsify(criterion="sparsegpt", pattern="2:4")
+    assert sparsify.warning(sprout.anatomy, asked, 352) is None
+    said = sparsify.warning(sprout.anatomy, asked, 351)
+    assert said is not None
+    assert said.startswith("351 tokens for 352 inputs of model.layers.0.mlp.down_proj.weight: a Gram matrix of so few")
+    assert sparsify.warning(sprout.anatomy, asked.model_copy(update={"leave": ("down_proj",)}), 351) is None
+    text = torch.randint(3, 2000, (11, 32), generator=torch.Generator().manual_seed(0))
+    few = sparsify.apply(copy.deepcopy(sprout), asked, text[:10], seed=0).notes
+    assert len(few) == 1
+    assert few[0].startswith(
+        "6 of 42 matrices met fewer tokens than they have inputs, model.layers.0.mlp.down_proj 320 "
+    )
+    assert not sparsify.apply(sprout, asked, text, seed=0).notes
+
+
+def test_an_expert_meets_its_share() -> None:
+    """Two of four experts a token: half of the tokens each."""
+    model = make("mixtral")
+    anatomy = anatomy_of(model)
+    widest = max(stack.shape[-1] for name, stack in model.named_parameters() if "experts" in name)
+    asked = Sparsify(criterion="sparsegpt")
+    assert sparsify.warning(anatomy, asked, 2 * widest) is None
+    said = sparsify.warning(anatomy, asked, 2 * widest - 2)
+    assert said is not None
+    assert said.startswith(
+        f"{widest - 1} tokens for each expert, on average, for {widest} inputs of model.layers.0.mlp."
+    )
 
 
 @pytest.mark.parametrize("option", [{"steps": -3}, {"tolerance": -0.1}, {"tolerance": math.inf}])

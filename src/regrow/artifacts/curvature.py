@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 STRIPE = 192  # columns of a product with the Gram matrix that are taken together
 RUN = 96  # columns whose root is found by a Cholesky factorisation and a substitution
-STEPS = 6  # times the damping is raised, tenfold each, before giving up
+STEPS = 8  # dampings that are tried, each tenfold the one before, until giving up
+DROWNED = 4  # roundings of the largest eigenvalue, below which the least one is not known
+LEAST = 1e-8  # what is raised where no damping was asked
 
 
 @dataclass
@@ -56,27 +58,35 @@ class Curvature:
         """
         import torch
 
-        damping = self.damping or 1e-4
-        for step in range(STEPS):
-            if step:
-                damping = self.raised = 10 * damping
-                self.gram = self._damped(damping)
+        for _ in range(STEPS):
             found = torch.zeros_like(self.gram)
             if not int(inverse_root(self.gram, found)):
                 return found
+            self._raise()
         raise BrokenModel(
-            f"the inputs' Gram matrix is singular even with a damping of {damping:g}",
+            f"the inputs' Gram matrix is singular even with a damping of {self.raised / 10:g}",
             "finite, varied inputs",
             "calibrate on more or other text",
         )
 
+    def _raise(self) -> None:
+        self.raised = 10 * (self.raised or self.damping or LEAST)
+        self.gram = self._damped(self.raised)
+
     @cached_property
     def spectrum(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Root of the diagonal (n,), then eigenvalues (n,) and eigenvectors (n, n) of the matrix scaled by it; fp32."""
+        """Root of the diagonal (n,), then eigenvalues (n,) and eigenvectors (n, n) of the matrix scaled by it; fp32.
+
+        The damping is raised, as in `factor`, while the least eigenvalue is less than what rounding makes of it.
+        """
         import torch
 
-        root = self.gram.diagonal().sqrt()
-        values, vectors = torch.linalg.eigh(self.gram / root / root[:, None])
+        for _ in range(STEPS):
+            root = self.gram.diagonal().sqrt()
+            values, vectors = torch.linalg.eigh(self.gram / root / root[:, None])
+            if float(values[0]) >= DROWNED * torch.finfo(values.dtype).eps * float(values[-1]):
+                break
+            self._raise()
         return root, values.clamp_min(0), vectors
 
     @cached_property

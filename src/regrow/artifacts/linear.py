@@ -100,6 +100,7 @@ class Solver:
     about: str
     solve: Callable[..., Sparse]  # (Linear, Sparse, **options)
     options: dict[str, Any]
+    positive: tuple[str, ...] = ()  # options that must be more than 0
 
     def moves(self, options: Mapping[str, Any], *, adapts: bool, groups: bool) -> bool:
         """Whether the mask it leaves may be another than it was given; `adapts` is the criterion's, `groups` N:M's."""
@@ -118,6 +119,7 @@ def solver(
     start: str,
     within: Within | None = None,
     paper: str,
+    positive: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Sparse]], Callable[..., Sparse]]:
     """Register a pure function `(Linear, Sparse, **options) -> Sparse` under its name."""
 
@@ -127,7 +129,8 @@ def solver(
             raise TypeError(f"solver {name!r} has no docstring: say in one line what it does")
         options = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[2:]}
         about = function.__doc__.strip().splitlines()[0]
-        SOLVERS.add(name, Solver(name, sees, mask, takes, start, within, paper, about, function, options))
+        found = Solver(name, sees, mask, takes, start, within, paper, about, function, options, positive)
+        SOLVERS.add(name, found)
         return function
 
     return register

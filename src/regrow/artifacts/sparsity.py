@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from regrow.artifacts.pattern import Pattern
+
 SPARSE = 0.05  # from this share of zeros on a model counts as sparse
-GROUPS = (4, 8, 16, 32)  # sizes of groups that are looked for
+GROUPS = (4, 8, 16, 32)  # sizes of groups that are looked for, beside that of the pattern where one is known
 
 
 def is_sparse(zeros: int, weights: int) -> bool:
@@ -44,8 +46,14 @@ class Zeros:
         return f"{kept}:{of}"
 
     def keeps(self, kept: int, of: int) -> bool:
-        """True when no group of `of` neighbours has more than `kept` weights."""
+        """True when no group of `of` neighbours, a size that was looked for, has more than `kept` weights."""
         return self.most.get(of, of) <= kept
+
+    def has(self, pattern: Pattern) -> bool:
+        """Whether it is as sparse as the pattern asks, up to what is rounded down where rows compete apart."""
+        if pattern.of:
+            return self.keeps(pattern.keep, pattern.of)
+        return self.zeros >= self.weights // self.shape[-1] * pattern.count(self.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)

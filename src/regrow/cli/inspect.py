@@ -78,17 +78,15 @@ def zeros_of(folder: Path, anatomy: Anatomy, notes: dict[str, Any]) -> dict[str,
     from regrow.engines.zeros import names_in, of_folder, semi_structured
 
     stored = check_files(folder).itemsize
-    found = of_folder(folder, names_in(folder, anatomy))
     recorded = notes.get("sparsity", {})
-    kept: bool | None = None
-    if recorded:
-        kept = recorded["mask_hash"] == found.mask_hash
+    asked = None if recorded.get("pattern") is None else Pattern.parse(recorded["pattern"])
+    found = of_folder(folder, names_in(folder, anatomy), asked)
     unfit = semi_structured(found)
-    asked = recorded.get("pattern")
     return {
         **found.to_json(),
-        "pattern": None if asked is None else str(Pattern.parse(asked)),
-        "mask_intact": kept,  # None: nothing was recorded
+        "pattern": None if asked is None else str(asked),
+        "pattern_in": None if asked is None else sum(matrix.has(asked) for matrix in found.matrices),
+        "mask_intact": recorded["mask_hash"] == found.mask_hash if recorded else None,
         "bitmask_bytes": found.bitmask_bytes(stored),
         "dense_bytes": found.weights * stored,
         "semi_structured": {"fits": len(found.matrices) - len(unfit), "of": len(found.matrices), "why_not": unfit},
@@ -104,7 +102,9 @@ def show_zeros(data: dict[str, Any]) -> None:
     fits = data["semi_structured"]
     intact = {True: "intact", False: "NOT intact", None: "not recorded"}[data["mask_intact"]]
     share = f"{100 * data['share']:.2f} % of {data['weights']:,} weights"
-    print(f"zeros: {share}; pattern {data['pattern'] or 'none recorded'}")
+    where = f", in {data['pattern_in']} of {len(data['matrices'])} matrices"
+    pattern = data["pattern"] + where if data["pattern"] else "none recorded"
+    print(f"zeros: {share}; pattern {pattern}")
     print(f"mask:  {data['mask_hash']}, {intact}; groups in all matrices: {data['groups'] or 'none'}")
     print(
         f"size:  {data['dense_bytes'] / 1e6:,.1f} MB as stored, {data['bitmask_bytes'] / 1e6:,.1f} MB as non-zero "

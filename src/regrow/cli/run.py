@@ -56,11 +56,13 @@ def assignment(item: str) -> tuple[list[str], Any]:
     """`a.b=1` -> ([a, b], 1); the value is YAML, so a list is `[piqa, boolq]` and nothing is `null`."""
     import yaml
 
+    from regrow.settings import read_yaml
+
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise InputError(f"--set {item}", "KEY=VALUE, such as recover.rank=16", f"write --set {key or 'KEY'}=VALUE")
     try:
-        return key.split("."), yaml.safe_load(text)
+        return key.split("."), read_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {item}: {text!r} is not YAML", "a number, a word, [a, b]", "quote it") from error
 

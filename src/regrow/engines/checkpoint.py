@@ -10,22 +10,26 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import re
 import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from regrow.cache import settle
 from regrow.engines import hetero
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits, relative to their largest, that rounding in a type may make."""
 _SMALL = ["*.json", "*.py", "*.jinja", "*.txt", "*.model", "README.md"]  # all but the weights of a hub model
+_LAYER = re.compile(r"\.(\d+)\.")  # in the name of a weight: a layer's number behind the list
+_FILE = 5 * 10**9  # bytes, as transformers writes
 _PIECE = 2**20  # numbers of a tensor that are looked at together
 CACHE_SLACK = 10  # a cache adds up in another order
 
@@ -260,7 +266,8 @@ def write(
 ) -> None:
     """Weights in `dtype`, configuration, generation settings, tokenizer, and the modelling file if there is one.
 
-    The model itself is in `dtype` afterwards: a copy in storage type beside it would be half a model more.
+    Without such a file weights have the names, and experts the layout, that the base's folder has, or else checkpoints
+    of its class. The model itself is in `dtype` afterwards: a copy in storage type would be half a model more.
     """
     kept = set(model.state_dict())
     buffers = {name: value for name, value in model.named_buffers() if name in kept}  # as they are
@@ -268,7 +275,7 @@ def write(
     give_back()
     weights: dict[str, Tensor] = {name: value.detach() for name, value in model.named_parameters()} | buffers
     try:
-        save_torch_state_dict(weights, folder)
+        _save(model, weights, folder, revert_weight_conversion if code is None else lambda _, part: part)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"the weights cannot be written: {error}",
@@ -283,6 +290,36 @@ def write(
     tokenizer.save_pretrained(folder)
     if code is not None:
         (folder / hetero.CODE_FILE).write_text(code, encoding="utf-8")
+
+
+def _save(model: Any, weights: dict[str, Tensor], folder: Path, named: Callable[..., dict[str, Tensor]]) -> None:
+    """A file, or several and their index, as `from_pretrained` reads them; `named` gives a file its names and layout.
+
+    Experts are copied when a stack is taken apart, so that is done for one file at a time.
+    """
+    files = list(_files(weights))
+    where: dict[str, str] = {}
+    for number, part in enumerate(files, 1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        found = {name: value.contiguous() for name, value in named(model, part).items()}
+        save_file(found, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(found, file))
+    if len(files) > 1:
+        size = sum(value.nbytes for value in weights.values())
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _files(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Runs of whole layers, and of single weights outside of them, of about `_FILE` bytes."""
+    part: dict[str, Tensor] = {}
+    for _, together in groupby(weights, lambda name: _LAYER.split(name, 1)[:2]):
+        run = {name: weights[name] for name in together}
+        if part and sum(value.nbytes for value in (*part.values(), *run.values())) > _FILE:
+            yield part
+            part = {}
+        part |= run
+    yield part
 
 
 def probe(vocab_size: int, length: int = 48) -> Tensor:  # (1, length) int64

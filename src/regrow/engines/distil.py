@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.artifacts.goal import Divergence
-from regrow.engines.head import Head, final_states, head_of, mean_over_tokens
+from regrow.engines.head import PROBE, Head, final_states, head_of, mean_over_tokens, trusted_head
 from regrow.engines.packed import learnt
 from regrow.engines.resume import weights_fingerprint
 from regrow.errors import SettingsError, UnsupportedModel
@@ -49,6 +49,18 @@ def needed_head(model: Any, who: str) -> Head:
     return head
 
 
+def checked_head(model: Any, who: str) -> Head:
+    """The same, once it has given the model's own loss: some families do more to logits than this house knows of."""
+    head = needed_head(model, who)
+    if trusted_head(model, torch.arange(PROBE, device=model.device)[None] % model.config.vocab_size) is None:
+        raise UnsupportedModel(
+            f"a {who} ({model.config.model_type}) whose logits are not those of its last states and its head",
+            "a linear from states to logits, scaled or capped as in Cohere, Granite and Gemma",
+            "train without a teacher, and report the model type",
+        )
+    return head
+
+
 class FromTeacher:
     """The loss (model, batch) -> () of the training loop: mean divergence from the teacher over all positions.
 
@@ -56,7 +68,7 @@ class FromTeacher:
     """
 
     def __init__(self, teacher: Any, divergence: Divergence, options: Mapping[str, Any] | None = None) -> None:
-        self.teacher, self.head = teacher.eval(), needed_head(teacher, "teacher")
+        self.teacher, self.head = teacher.eval(), checked_head(teacher, "teacher")
         self.divergence, self.options = divergence, dict(options or {})
         how = "".join(f" {name}={value}" for name, value in sorted(self.options.items()))
         self.__name__ = f"{divergence.name}{how} from {weights_fingerprint(teacher)}"  # what a resumed run must share

@@ -61,7 +61,10 @@ def mean_over_tokens(head: Head, states: Tensor, measure: Measure, weights: Tens
     """
     weights = torch.ones(len(states), device=states.device) if weights is None else weights.float()
     shares = weights / weights.sum()
-    found: Tensor = _Pieces.apply(states, head.weight, head.bias, head.shape, measure, shares)  # type: ignore[no-untyped-call]
+    given = [states, head.weight, head.bias]
+    if not torch.is_grad_enabled():  # else gradients would be made and thrown away
+        given = [None if t is None else t.detach() for t in given]
+    found: Tensor = _Pieces.apply(*given, head.shape, measure, shares)  # type: ignore[no-untyped-call]
     return found
 
 

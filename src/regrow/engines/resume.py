@@ -69,7 +69,9 @@ def open_run(folder: Path, run: Mapping[str, Any], *, resume: bool) -> Path | No
             _same(folder, _known(folder), now)
         for path in folder.glob("checkpoint-*"):
             if start is None or not (path / COMPLETE).exists():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # another process may be at it
+                if path.exists():
+                    raise OutputError(f"{path} cannot be removed", "a folder you may write to", "name another folder")
         with replacing(folder / RUN) as partial:
             partial.write_text(json.dumps(now, indent=1), encoding="utf-8")
     except OSError as error:

@@ -72,6 +72,7 @@ class Pruned:
     pattern: str
     error: float | None  # of the outputs, relative: |(W' - W) X|^2 / |W X|^2; None without a Gram matrix
     note: str = ""
+    scarce: tuple[int, int] | None = None  # tokens and inputs of its Gram matrix, when there were fewer tokens
 
 
 @torch.no_grad()
@@ -267,7 +268,10 @@ def _prune(
     weight.mul_(~gone).add_(0.0)  # never -0; filling would branch at every entry
     note = "" if curvature is None or not curvature.raised else f"damping raised to {curvature.raised:g}"
     zeros = int((answer.weight == 0).sum())  # before rounding to the type of `weight`, which may make more
-    return Pruned(matrix.name, layer, weight.numel(), zeros, str(pattern), error, note)
+    scarce = None
+    if curvature is not None and found is not None and found.tokens < weight.shape[1]:
+        scarce = found.tokens, weight.shape[1]
+    return Pruned(matrix.name, layer, weight.numel(), zeros, str(pattern), error, note, scarce)
 
 
 def task_of(
@@ -291,7 +295,7 @@ def task_of(
             }
         norm = None if inputs is None else inputs.squares.sqrt()[columns]
         scores = criterion.score(WeightSight(weight=part, norm=norm, **curved))
-        if curved and curvature is not None:
+        if curvature is not None:
             scores = scores.masked_fill(curvature.dead[columns], 0)
         return scores if empty is None else scores.masked_fill(empty[:, columns], -1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -61,7 +62,8 @@ class SppConfig(PeftConfig):  # type: ignore[misc]
         if isinstance(self.target_modules, list):
             self.target_modules = sorted(set(self.target_modules))
         for came, good, allowed in (
-            (f"r = {self.r}", self.r >= 1, "a whole number, at least 1"),
+            (f"r = {self.r!r}", type(self.r) is int and self.r >= 1, "a whole number, at least 1"),
+            (f"spp_alpha = {self.spp_alpha}", 0 < self.spp_alpha < math.inf, "a number above 0"),
             (f"spp_dropout = {self.spp_dropout}", 0 <= self.spp_dropout < 1, "0 <= spp_dropout < 1"),
             (f"form = {self.form}", self.form in ("auto", *spp_forward.FORMS), f"auto, {', '.join(spp_forward.FORMS)}"),
             (
@@ -90,8 +92,9 @@ def outputs(module: nn.Module, name: str) -> dict[str, int]:
     Experts in one stack have equal rows.
     """
     base = module.base_layer if isinstance(module, SppLayer) else module
-    if isinstance(base, nn.Linear):
-        return {name: len(base.weight)}
+    if isinstance(base, nn.Linear):  # quantised ones, or in pieces elsewhere, hold something else
+        whole = base.weight.is_floating_point() and base.weight.shape == (base.out_features, base.in_features)
+        return {name: base.out_features} if whole else {}
     return {f"{name}.{part}": getattr(base, part).shape[-2] for part in FUSED} if is_experts(base) else {}
 
 
@@ -114,7 +117,8 @@ class SppModel(BaseTuner):  # type: ignore[misc]
         rows = outputs(target, current_key)
         if not rows:
             what = f"SPP on {current_key}, a {type(target).__name__}"
-            raise SettingsError(what, "linears, and stacks of experts", "leave it out")
+            allowed = "linears whose weights are floating point and whole, and stacks of experts"
+            raise SettingsError(what, allowed, "leave it out, or load the model as it was before it was quantised")
         if any(count % peft_config.r for count in rows.values()):
             spp_forward.check_rank(peft_config.r, {**rows, **self._all_outputs(peft_config)})
         check_dropout(target, current_key, peft_config.spp_dropout)
@@ -152,7 +156,7 @@ class SppModel(BaseTuner):  # type: ignore[misc]
                     "the sparse model that it was trained on",
                     "load that model, or train the adapter anew",
                 )
-        except SettingsError:
+        except BaseException:
             withdraw(model, adapter_name)
             for parameter, trains in asked:
                 parameter.requires_grad_(trains)

@@ -148,10 +148,10 @@ class _Adapted(torch.autograd.Function):
                 back += g @ (w + added if ctx.whole else w).to(g.dtype)
             if through is not None:
                 through += g @ added.to(g.dtype)
-            outer = g.reshape(-1, g.shape[-1]).T @ rows  # (m / parts, n)
+            outer = (g.reshape(-1, g.shape[-1]).T @ rows).to(a.dtype)  # (m / parts, n)
             outer *= w
             outer *= ctx.scale
-            runs = outer.view(len(a), -1, outer.shape[1]).to(a.dtype)
+            runs = outer.view(len(a), -1, outer.shape[1])
             up.copy_(torch.einsum("kin,kn->ki", runs, a).flatten())
             down.copy_(torch.einsum("kin,ki->kn", runs, b.view(len(a), -1)))
         push = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None  # (m,)

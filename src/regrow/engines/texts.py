@@ -222,11 +222,14 @@ def _columns(path: Path) -> Iterator[Row]:
     except ArrowInvalid as error:
         raise _unreadable(path, str(error)) from error
     names = file.schema_arrow.names
-    wanted = [name for name in FIELDS.get(kind(names), ("text",)) if name in names]
+    texts = [column.name for column in file.schema_arrow if str(column.type) in ("string", "large_string")]
+    plain = kind(names) == "text"
+    only = texts if plain and "text" not in names and len(texts) == 1 else []
+    wanted = only or [name for name in FIELDS.get(kind(names), ("text",)) if name in names]
     if not wanted:
-        raise _unreadable(path, f"it has no column 'text'; its columns are {names}")
+        raise _unreadable(path, f"it has no column 'text', nor only one of text; its columns are {names}")
     rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1) if wanted != ["text"] or row["text"])
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1) if not plain or row[wanted[0]])
 
 
 def _documents(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Document | None]]:

@@ -9,6 +9,7 @@ begin in one block and end in the next, where its answer goes on without what wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -29,15 +30,22 @@ _BATCH = 64  # documents tokenised at a time; reading stops once there are enoug
 
 
 def blocks(
-    documents: Sequence[Document], tokenizer: Any, *, block: int, tokens: int | None, seed: int
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    block: int,
+    tokens: int | None,
+    seed: int,
+    what: str = "the text",
 ) -> Tensor:  # (n, block) int64
     """Shuffle, tokenise, pack: `n = tokens // block` blocks (at least one), or all there are when `tokens` is None.
 
     Every document is followed by the tokenizer's EOS (else its BOS, else nothing); no other special token is added.
-    Fewer blocks come back when the documents run out. Raises `TextError` when not even one block is full.
+    Fewer blocks come back when the documents run out. Raises `TextError` when not even one block is full; `what` was
+    read.
     """
     scripts = ([(document.text, True)] for document in _shuffled(documents, seed))
-    return _pack(_encoded(scripts, tokenizer), block, tokens).ids
+    return _pack(_encoded(scripts, tokenizer), block, tokens, what).ids
 
 
 def lessons(
@@ -49,21 +57,24 @@ def lessons(
     seed: int,
     template: Template | None = None,
     learn: Learn = "all",
+    what: str = "the text",
 ) -> Packed:  # (n, block)
     """Blocks for a training. Plain text gives those of `blocks`, and all of it is learnt.
 
     Lessons are written by `template` (None: the tokenizer's chat template where it has one, else Alpaca's), and every
     one is followed by the separator unless a chat template has written it. `learn` answers: of every turn, with what
-    ends it. Raises `SettingsError` (words about lessons and none there, no chat template) and `TextError`.
+    ends it; blocks without any are left out, and others read in their stead. Raises `SettingsError` (words about
+    lessons and none there, no chat template) and `TextError`; `what` was read.
     """
     check_lessons(documents, template, learn)
     told = [document.lesson for document in _shuffled(documents, seed) if document.lesson is not None]
     if len(told) < len(documents):
-        return Packed(blocks(documents, tokenizer, block=block, tokens=tokens, seed=seed))
+        return Packed(blocks(documents, tokenizer, block=block, tokens=tokens, seed=seed, what=what))
     chosen = chosen_template(tokenizer, template)
     scripts = (alpaca(lesson) if chosen == "alpaca" else chat(lesson, tokenizer) for lesson in told)
-    found = _pack(_encoded(scripts, tokenizer, ends=chosen == "chat"), block, tokens)
-    return found if learn == "answers" else Packed(found.ids)
+    some = learn == "answers"
+    found = _pack(_encoded(scripts, tokenizer, ends=chosen == "chat"), block, tokens, what, useful=some)
+    return found if some else Packed(found.ids)
 
 
 def check_lessons(documents: Sequence[Document], template: Template | None, learn: Learn) -> None:
@@ -129,22 +140,49 @@ def _encoded(scripts: Iterator[list[Piece]], tokenizer: Any, *, ends: bool = Fal
             yield [i for ids, _ in parts for i in ids], [answer for ids, answer in parts for _ in ids]
 
 
-def _pack(encoded: Iterable[Encoded], block: int, tokens: int | None) -> Packed:
-    wanted = None if tokens is None else max(tokens // block, 1) * block
+def _pack(
+    encoded: Iterable[Encoded], block: int, tokens: int | None, what: str, *, useful: bool = False
+) -> Packed:  # (n, block)
+    """Blocks without gaps, and which tokens are answers; `useful`: only blocks in which one is learnt."""
+    wanted = math.inf if tokens is None else max(tokens // block, 1)
+    ids: list[list[int]] = []
+    answers: list[list[bool]] = []
     stream: list[int] = []
-    answers: list[bool] = []
-    for ids, flags in encoded:
-        stream += ids
-        answers += flags
-        if wanted is not None and len(stream) >= wanted:
+    flags: list[bool] = []
+    read = 0
+    for more, which in encoded:
+        stream += more
+        flags += which
+        read += len(more)
+        start = 0
+        while len(stream) >= start + block and len(ids) < wanted:
+            here = slice(start, start + block)
+            if not useful or any(flags[here][1:]):
+                ids.append(stream[here])
+                answers.append(flags[here])
+            start += block
+        del stream[:start], flags[:start]
+        if len(ids) >= wanted:
             break
-    return Packed(_cut(stream[:wanted], block), _cut(answers[:wanted], block).bool())
+    if read < block:
+        raise _short(what, read, block)
+    if not ids:
+        raise TextError(
+            f"{what}: {read:,} tokens, and none of them is learnt",
+            "blocks that reach into an answer",
+            "lengthen the block, give more text, or learn all of it",
+        )
+    return Packed(torch.tensor(ids, dtype=torch.int64), torch.tensor(answers))
+
+
+def _short(what: str, tokens: int, block: int) -> TextError:
+    return TextError(
+        f"{what} gives {tokens} tokens", f"at least {block}, one block", "give more text or shorten the block"
+    )
 
 
 def _cut(ids: Sequence[int], block: int) -> Tensor:  # (n, block) int64
     count = len(ids) // block
     if count == 0:
-        raise TextError(
-            f"the text gives {len(ids)} tokens", f"at least {block}, one block", "give more text or shorten the block"
-        )
+        raise _short("the text", len(ids), block)
     return torch.tensor(ids[: count * block], dtype=torch.int64).view(count, block)

@@ -6,7 +6,8 @@ kernels, which have no second derivative.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from regrow.artifacts.shape import Anatomy
+from regrow.engines.inputs import named
 from regrow.engines.zeros import prunable
+from regrow.errors import BrokenModel
 
 Progress = Callable[[int, int], None]
 
 
 def traces(
-    model: Any, anatomy: Anatomy, blocks: Tensor, *, probes: int = 4, seed: int = 0, progress: Progress | None = None
+    model: Any,
+    anatomy: Anatomy,
+    blocks: Tensor,
+    *,
+    leave: Sequence[str] = (),
+    probes: int = 4,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> list[float]:
-    """Estimated trace for each layer over its weight matrices; a probe takes one block of `blocks` (n, T), in turn."""
+    """Estimated trace for each layer over its weight matrices but for those in `leave` (ends of names).
+
+    A probe takes one block of `blocks` (n, T), in turn. Raises `BrokenModel` when a trace is not finite.
+    """
     parameters = dict(model.named_parameters())
     layer = {tensor.name: tensor.layer for tensor in anatomy.tensors}
-    names = prunable(anatomy)
+    names = [name for name in prunable(anatomy) if not named(name.removesuffix(".weight"), leave)]
     weights = [parameters[name] for name in names]
     wanted = [weight.requires_grad for weight in weights]
     found = [0.0] * anatomy.sizes["L"]
@@ -49,4 +62,10 @@ def traces(
     finally:
         for weight, was in zip(weights, wanted, strict=True):
             weight.requires_grad_(was)
+    if broken := [i for i, trace in enumerate(found) if not math.isfinite(trace)]:
+        raise BrokenModel(
+            f"the Hessian of layer {broken[0]} has a trace that is not finite",
+            "second derivatives that fit the type they are computed in",
+            "use --dtype fp32, or another spread",
+        )
     return found

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.sparsity import GROUPS, SPARSE, Sparsity, Zeros
 from regrow.engines.checkpoint import weight_files
@@ -33,7 +34,8 @@ APART: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """What hubs call the parts of a stack of experts, one expert at a time; parts lie below each other."""
 
-ROUTER = (".mlp.gate.", ".block_sparse_moe.gate.")  # what it is called in memory, and in Mixtral's own files
+RENAMED = ((".mlp.gate.", ".block_sparse_moe.gate."), ("lm_head.", "embed_out."))
+"""What matrices are called in memory, and in the files of Mixtral (its routers) and GPT-NeoX (its head)."""
 
 
 def prunable(anatomy: Anatomy) -> list[str]:
@@ -68,14 +70,16 @@ def counted(weights: Callable[[str], Tensor | None], anatomy: Anatomy) -> list[s
     return [*prunable(anatomy), *(name for name in spared(anatomy) if sparse(weights(name)))]
 
 
-def census(tensors: Iterable[tuple[str, Tensor]]) -> Sparsity:
-    """Count (name, weight) one at a time; weights are (m, n), or (experts, m, n)."""
+def census(tensors: Iterable[tuple[str, Tensor]], pattern: Pattern | None = None) -> Sparsity:
+    """Count (name, weight) one at a time; weights are (m, n), or (experts, m, n). Groups as large as those of the
+    `pattern` are looked at too."""
+    sizes = sorted({*GROUPS, pattern.of} if pattern is not None and pattern.of else GROUPS)
     digest, found = hashlib.sha256(), []
     for name, weight in tensors:
         empty = weight == 0
         digest.update(name.encode() + packed(empty))
         most = {}
-        for of in GROUPS:
+        for of in sizes:
             if weight.shape[-1] % of == 0:
                 groups = (~empty).reshape(*weight.shape[:-1], -1, of)
                 most[of] = int(groups.sum(-1).max())
@@ -90,9 +94,9 @@ def packed(mask: Tensor) -> bytes:
     return bytes(np.packbits(mask.cpu().numpy()).tobytes())
 
 
-def of_model(model: Any, anatomy: Anatomy) -> Sparsity:
+def of_model(model: Any, anatomy: Anatomy, pattern: Pattern | None = None) -> Sparsity:
     """The zeros of a model in memory, of what a cut has left of its anatomy."""
-    return census((name, weight.detach()) for name, weight in left(model, anatomy).items())
+    return census(((name, weight.detach()) for name, weight in left(model, anatomy).items()), pattern)
 
 
 def left(model: Any, anatomy: Anatomy) -> dict[str, Tensor]:
@@ -101,15 +105,15 @@ def left(model: Any, anatomy: Anatomy) -> dict[str, Tensor]:
     return {name: parameters[name] for name in counted(parameters.get, anatomy) if name in parameters}
 
 
-def of_folder(folder: Path, names: list[str]) -> Sparsity:
+def of_folder(folder: Path, names: list[str], pattern: Pattern | None = None) -> Sparsity:
     """The zeros of a checkpoint, without building the model."""
-    return census(stored(folder, names))
+    return census(stored(folder, names), pattern)
 
 
 def names_in(folder: Path, anatomy: Anatomy) -> list[str]:
     """Names of the matrices of a checkpoint whose zeros count."""
     where = _places(folder)
-    return counted(lambda name: _read(name, where) if {name, name.replace(*ROUTER)} & set(where) else None, anatomy)
+    return counted(lambda name: _read(name, where) if _kept(name, where) else None, anatomy)
 
 
 def stored(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -131,9 +135,15 @@ def _places(folder: Path) -> dict[str, Path]:
     return where
 
 
+def _kept(name: str, where: Mapping[str, Path]) -> str | None:
+    """What a folder calls a matrix; None when it has none."""
+    names = (name, *(name.replace(*pair) for pair in RENAMED))
+    return next((found for found in names if found in where), None)
+
+
 def _read(name: str, where: Mapping[str, Path]) -> Tensor:
-    kept = name if name in where else name.replace(*ROUTER)
-    if kept not in where:
+    kept = _kept(name, where)
+    if kept is None:
         raise BrokenModel(
             f"no weight is called {name}",
             "a folder whose weights have the names of the model's parameters",

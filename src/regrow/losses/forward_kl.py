@@ -13,4 +13,6 @@ def forward_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float 
     """KL(teacher || student) in nats, times the temperature squared."""
     theirs = torch.log_softmax(teacher / temperature, -1)  # (n, V)
     ours = torch.log_softmax(student / temperature, -1)  # (n, V)
-    return temperature**2 * (theirs.exp() * (theirs - ours)).sum(-1)  # (n,)
+    chances = theirs.exp()
+    costs = chances * (theirs - ours)
+    return temperature**2 * costs.masked_fill(chances == 0, 0).sum(-1)  # (n,) what a teacher rules out costs nothing

@@ -8,7 +8,6 @@ import torch
 
 from regrow.artifacts.least_squares import conjugate_gradients
 from regrow.artifacts.linear import Linear, Sparse, solver
-from regrow.errors import SettingsError
 
 EVERY = 3  # steps between two looks at the mask
 EARLY, SETTLED = 30, 3e-4  # after so many steps, stop when no more than this share of the mask moved
@@ -17,14 +16,19 @@ SMALL = 0.005
 GROWTH = ((0.1, 1.3), (SMALL, 1.2), (0.0, 1.1))  # (share of the mask that moved more than, penalty grows by)
 
 
-@solver(sees="gram", mask="chooses", takes="weights", start="wanda", paper="arXiv:2406.07831 (ALPS)")
+@solver(
+    sees="gram",
+    mask="chooses",
+    takes="weights",
+    start="wanda",
+    paper="arXiv:2406.07831 (ALPS)",
+    positive=("penalty",),
+)
 def alps(
     task: Linear, start: Sparse, steps: int = 300, penalty: float = 0.1, polish: int = 10, hold: bool = False
 ) -> Sparse:
     """ADMM on mask and weights at once, then conjugate gradients; `hold` keeps the mask and leaves the second part."""
     assert task.curvature is not None
-    if penalty <= 0:
-        raise SettingsError(f"alps with penalty = {penalty}", "a number above 0", "leave it out; 0.1 is usual")
     if hold:
         return conjugate_gradients(task.weight, start, task.curvature.gram, steps=polish, tolerance=1e-4)
     scale, values, vectors = task.curvature.spectrum  # (n,), (n,), (n, n)

@@ -170,6 +170,9 @@ def _by_groups(
         pick = cost.argmin(1)  # of equals the first, whose columns are lower
         error[:, here] = (w @ turns[g]).view(len(w), -1, size)[every, pick]
         gone[:, here] = subsets[pick] | empty[:, here]
+        more = (gone[:, here] > subsets[pick]).any(1)  # (m,) rows that lose more than a subset: it was empty before
+        if bool(more.any()):
+            error[more, here] = (_at_once if joint else _in_turn)(w[more], gone[more, here], blocks[g])[1]
         part[:, a:] -= error[:, here] @ own[here, a:]
     return part.masked_fill(gone, 0), gone, error
 

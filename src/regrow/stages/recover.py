@@ -18,7 +18,7 @@ from regrow.artifacts.goal import DIVERGENCES
 from regrow.engines import checkpoint, masks, moving_masks
 from regrow.engines.adapters import add_adapters, merge, moved
 from regrow.engines.bind import Subject
-from regrow.engines.distil import FromTeacher, Teacher, check_teacher
+from regrow.engines.distil import FromTeacher, Teacher, check_teacher, checked_head
 from regrow.engines.packed import Packed, as_packed
 from regrow.engines.train import Loss, TrainResult, next_token, train
 from regrow.engines.train_settings import TrainSettings
@@ -60,6 +60,7 @@ def recover(
     goal: Loss = next_token
     if teacher is not None:
         check_teacher(model.config, teacher.model.config, subject.tokenizer, teacher.tokenizer)
+        checked_head(model, "student")
         goal = FromTeacher(teacher.model, DIVERGENCES.get(settings.loss))
     empty, numbers = masks.masks_of(model, subject.anatomy), as_train(settings, seed)
     text = as_packed(blocks)

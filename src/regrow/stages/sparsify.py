@@ -26,10 +26,12 @@ from regrow.engines.inputs import named
 from regrow.engines.readings import Readings
 from regrow.engines.sparsify import Method, Pruned, layer_values, sparsify
 from regrow.engines.trace import traces
-from regrow.errors import SettingsError, UnknownName
+from regrow.errors import BrokenModel, SettingsError, UnknownName
 from regrow.settings import Sparsify
 
 Progress = Callable[[str, int, int], None]
+
+SCARCE = "a Gram matrix of so few says little of what they do together; read more text, or prune by wanda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +134,12 @@ def _check_values(solver: Solver, options: Mapping[str, Any]) -> None:
         kind = type(default)
         value = options.get(name, default)
         wanted = (int, float) if kind is float else (kind,)
-        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or not 0 <= value < math.inf:
+        fits = isinstance(value, wanted) and isinstance(value, bool) == (kind is bool) and 0 <= value < math.inf
+        least = "more than 0" if name in solver.positive else "0 or more"
+        if not fits or (name in solver.positive and not value):
             raise SettingsError(
                 f"option {name}={value!r} of solver {solver.name!r}",
-                {bool: "true or false", int: "a whole number, 0 or more"}.get(kind, "a number, 0 or more"),
+                {bool: "true or false", int: f"a whole number, {least}"}.get(kind, f"a number, {least}"),
                 "correct the value",
             )
 
@@ -235,8 +239,9 @@ def apply(
     each = [*patterns, *([asked] if settings.also else [])]
     done = sparsify(model, anatomy, blocks, method, each, leave=settings.leave, kept=kept, progress=say)
     checkpoint.round_to(subject.model, subject.store)
-    found = zeros.of_model(subject.model, subject.anatomy)
-    notes = [f"{m.name}: {m.note}" for m in done if m.note]
+    found = zeros.of_model(subject.model, subject.anatomy, asked)
+    _check_finite(found, subject)
+    notes = [*(f"{m.name}: {m.note}" for m in done if m.note), *_scarce(done), *_idle(settings, method)]
     asked_for = {re.sub(r"\[\d+\]$", "", m.name) for m in done}
     stored = {m.name.removesuffix(".weight"): m.zeros for m in found.matrices}
     made = sum(m.zeros for m in done if re.sub(r"\[\d+\]$", "", m.name) in stored)
@@ -249,6 +254,58 @@ def apply(
     if filled:
         notes.append(f"{filled:,} zeros of matrices that were sparse before are filled; --existing keep leaves them")
     return Sparsified(asked, tuple(patterns), tuple(done), found, tuple(notes))
+
+
+def warning(anatomy: Anatomy, settings: Sparsify, tokens: int) -> str | None:
+    """What a user must know before `tokens` of text are read: of some matrix they are fewer than its inputs."""
+    if choose(settings).sees not in ("gram", "all"):
+        return None
+    usual, share = set(zeros.prunable(anatomy)), anatomy.sizes.get("A", 1)
+    read = {
+        tensor: tokens * share // tensor.shape[0] if len(tensor.shape) > 2 else tokens
+        for tensor in anatomy.tensors
+        if tensor.name in usual and not named(tensor.name.removesuffix(".weight"), settings.leave)
+    }
+    worst = min(read, key=lambda tensor: read[tensor] / tensor.shape[-1], default=None)
+    if worst is None or read[worst] >= worst.shape[-1]:
+        return None
+    each = " for each expert, on average," * (len(worst.shape) > 2)
+    return f"{read[worst]:,} tokens{each} for {worst.shape[-1]:,} inputs of {worst.name}: {SCARCE}"
+
+
+def _scarce(done: Sequence[Pruned]) -> tuple[str, ...]:
+    """A note when Gram matrices were read of fewer tokens than they have rows."""
+    found = [(matrix.scarce[0] / matrix.scarce[1], *matrix.scarce, matrix.name) for matrix in done if matrix.scarce]
+    if not found:
+        return ()
+    _, tokens, inputs, name = min(found)
+    many = f"{len(found):,} of {len(done):,} matrices met fewer tokens than they have inputs"
+    return (f"{many}, {name} {tokens:,} for {inputs:,}: {SCARCE}",)
+
+
+def _idle(settings: Sparsify, method: Method) -> tuple[str, ...]:
+    """A note on settings that say nothing with this method."""
+    usual = Sparsify()
+    said = {
+        "damping": settings.damping != usual.damping and method.sees not in ("gram", "all"),
+        "inputs = both": settings.inputs == "both" and not method.mends,
+        "mend": settings.mend != usual.mend and not method.mends,
+    }
+    idle = [name for name, is_idle in said.items() if is_idle]
+    what = "a method that reads Gram matrices" + ", and inputs = both" * ("mend" in idle)
+    return (f"nothing came of {' and '.join(idle)}: that takes {what}",) if idle else ()
+
+
+def _check_finite(found: Sparsity, subject: Subject) -> None:
+    """Raise `BrokenModel` for a weight that the type of storage cannot hold."""
+    parameters = dict(subject.model.named_parameters())
+    for matrix in found.matrices:
+        if not bool(parameters[matrix.name].isfinite().all()):
+            raise BrokenModel(
+                f"{matrix.name} has weights beyond {str(subject.store).removeprefix('torch.')}",
+                "weights that the checkpoint's type holds",
+                "raise damping, or use a method that changes no weight, such as wanda",
+            )
 
 
 def spread(
@@ -269,7 +326,7 @@ def spread(
         values = [0.0] * len(sizes)
     elif how.sees == "trace":
         assert blocks is not None
-        values = traces(subject.model, subject.anatomy, blocks, seed=seed, progress=say)
+        values = traces(subject.model, subject.anatomy, blocks, leave=settings.leave, seed=seed, progress=say)
     else:
         assert blocks is not None
         values = layer_values(
