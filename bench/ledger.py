@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -107,8 +108,13 @@ class Ledger:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.refresh()
             partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.data, indent=1))
+            partial.write_text(readable(self.data))
             partial.replace(self.path)
+
+
+def readable(data: Any) -> str:
+    """JSON with a line for every entry, and numbers of a list side by side."""
+    return re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), json.dumps(data, indent=1))
 
 
 @contextmanager
