@@ -5,6 +5,7 @@ What this gives up: faults that only the model's numbers show.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from regrow.artifacts.ask import SPREADS
@@ -22,7 +23,7 @@ from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, is_rows, shared
-from regrow.errors import SettingsError, TextError
+from regrow.errors import RegrowWarning, SettingsError, TextError
 from regrow.settings import BASE, KEEPS, KEEPS_CUT, Recipe, Recover
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
@@ -106,12 +107,14 @@ def _check_apart(recipe: Recipe) -> None:
 
 
 def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
-    """Refuse what this model cannot have, before anything long begins."""
+    """Refuse what this model cannot have, and warn of what it will not do well, before anything long begins."""
     if wish is not None:
         check_wish(subject.anatomy, wish)
         meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))
     if recipe.sparsify is not None:
         sparsify.check(subject, recipe.sparsify)
+        if said := sparsify.warning(subject.anatomy, recipe.sparsify, recipe.calibration.tokens):
+            warnings.warn(said, RegrowWarning, stacklevel=2)
     if wish is None:
         check_spp(subject, recipe)
     check_zeros(subject, recipe)

@@ -178,8 +178,6 @@ def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, An
     kept = statistics(subject, recipe) if calibrates(recipe) and recipe.sparsify.keep_statistics else None
     record["cached"] = kept is not None and sparsify.reads_kept(recipe.sparsify, kept)
     record["tokens"] = 0 if blocks is None else blocks.numel()
-    if blocks is not None and (said := sparsify.warning(subject.anatomy, recipe.sparsify, blocks.numel())):
-        warnings.warn(said, RegrowWarning, stacklevel=2)
     found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, kept=kept, progress=progress)
     spread = " on average over the layers" if len(set(found.patterns)) > 1 else ""
     notes = (
