@@ -193,7 +193,7 @@ def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
     """A note where the text had fewer blocks (n, T) than were asked for, or none were read."""
     if blocks is None:
         unread = asked.text != Calibration().text
-        return (f"the text {asked.text} was not read: the method looks at weights alone",) if unread else ()
+        return ("the calibration text was not read: the method looks at weights alone",) if unread else ()
     if blocks.numel() > asked.tokens - asked.block:
         return ()
     return (f"the text's calibration part filled {blocks.numel():,} of the {asked.tokens:,} tokens asked for",)
