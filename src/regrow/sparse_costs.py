@@ -57,7 +57,7 @@ def sparse_bytes(
     through a block with the block's statistics, or the linears at work with the statistics of those that wait.
     """
     sizes = anatomy.sizes
-    gram, reads = method.sees in ("gram", "all"), method.sees != "nothing"
+    gram, reads = method.reads_gram, method.sees != "nothing"
     both = method.mends
     needs = [replace(MASK[pattern.of > 0], grams=3.0 * gram), *_work(method)]
     peaks = []
@@ -78,7 +78,7 @@ def sparse_bytes(
 
 def sparse_flops(anatomy: Anatomy, method: Method, *, tokens: int, leave: Sequence[str] = ()) -> float:
     """Operations beyond the model's passes: Gram matrices (half of each, by symmetry), factors and solvers."""
-    if method.sees not in ("gram", "all"):
+    if not method.reads_gram:
         return 0.0
     works = _work(method)
     products, cubes = (sum(getattr(work, kind) for work in works) for kind in ("products", "cubes"))
@@ -116,5 +116,4 @@ def sites_of(anatomy: Anatomy, *, also: Sequence[str] = (), leave: Sequence[str]
 
 
 def _work(method: Method) -> list[Work]:
-    gram = method.sees in ("gram", "all")
-    return [*([FACTOR] if gram else []), *(WORK[s.name] for s, _ in method.solvers if s.name in WORK)]
+    return [*([FACTOR] if method.reads_gram else []), *(WORK[s.name] for s, _ in method.solvers if s.name in WORK)]

@@ -37,6 +37,15 @@ class Packed:
         return self.learn[:, 1:].sum(1)
 
 
+def nothing_learnt(what: str, tokens: int) -> tuple[str, str, str]:
+    """What came, what is allowed and what to do next, of text in which no block reaches into an answer."""
+    return (
+        f"{what}: {tokens:,} tokens, and none of them is learnt",
+        "blocks that reach into an answer",
+        "lengthen the block, give more text, or learn all of it",
+    )
+
+
 def as_packed(blocks: Tensor | Packed, what: str = "training text") -> Packed:
     """Checked; of a tensor (n, T) all is learnt. Blocks of which nothing is learnt are left out.
 
@@ -50,11 +59,7 @@ def as_packed(blocks: Tensor | Packed, what: str = "training text") -> Packed:
         return packed
     useful = packed.targets() > 0  # (n,)
     if not useful.any():
-        raise TextError(
-            f"{what}: {packed.ids.numel():,} tokens, and none of them is learnt",
-            "blocks that reach into an answer",
-            "lengthen the block, give more text, or learn all of it",
-        )
+        raise TextError(*nothing_learnt(what, packed.ids.numel()))
     return Packed(packed.ids[useful], packed.learn[useful])
 
 

@@ -47,7 +47,12 @@ class Method:
     @property
     def mends(self) -> bool:
         """Whether the dense model's stream is run beside: a target is only found with a Gram matrix."""
-        return self.inputs == "both" and self.sees in ("gram", "all")
+        return self.inputs == "both" and self.reads_gram
+
+    @property
+    def reads_gram(self) -> bool:
+        """Whether Gram matrices are made."""
+        return self.sees in ("gram", "all")
 
     @property
     def sees(self) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from regrow.engines.instructions import Piece, Template, alpaca, chat, chosen_template
-from regrow.engines.packed import Packed
+from regrow.engines.packed import Packed, nothing_learnt
 from regrow.engines.texts import Document
 from regrow.errors import BrokenModel, SettingsError, TextError
 
@@ -167,11 +167,7 @@ def _pack(
     if read < block:
         raise _short(what, read, block)
     if not ids:
-        raise TextError(
-            f"{what}: {read:,} tokens, and none of them is learnt",
-            "blocks that reach into an answer",
-            "lengthen the block, give more text, or learn all of it",
-        )
+        raise TextError(*nothing_learnt(what, read))
     return Packed(torch.tensor(ids, dtype=torch.int64), torch.tensor(answers))
 
 

@@ -258,7 +258,7 @@ def apply(
 
 def warning(anatomy: Anatomy, settings: Sparsify, tokens: int) -> str | None:
     """What a user must know before `tokens` of text are read: of some matrix they are fewer than its inputs."""
-    if choose(settings).sees not in ("gram", "all"):
+    if not choose(settings).reads_gram:
         return None
     usual, share = set(zeros.prunable(anatomy)), anatomy.sizes.get("A", 1)
     read = {
@@ -287,7 +287,7 @@ def _idle(settings: Sparsify, method: Method) -> tuple[str, ...]:
     """A note on settings that say nothing with this method."""
     usual = Sparsify()
     said = {
-        "damping": settings.damping != usual.damping and method.sees not in ("gram", "all"),
+        "damping": settings.damping != usual.damping and not method.reads_gram,
         "inputs = both": settings.inputs == "both" and not method.mends,
         "mend": settings.mend != usual.mend and not method.mends,
     }
