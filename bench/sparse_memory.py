@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "wanda": {"criterion": "wanda"},
     "sparsegpt": {"criterion": "sparsegpt"},
+    "sparsegpt, both": {"criterion": "sparsegpt", "inputs": "both"},
     "sparsegpt + refit": {"criterion": "sparsegpt", "solver": ("update", "refit")},
     "mrp": {"criterion": "mrp"},
     "alps": {"criterion": "alps"},
@@ -99,7 +100,8 @@ def peak(model: Any, anatomy: Any, blocks: Any, name: str, pattern: str) -> dict
     few = [Pattern.parse(pattern)] * len(model.model.layers)
     clock.POLL_SECONDS = 0.001  # the peak of a matrix this small lasts for milliseconds
     with products.faster():
-        sparsify(copy.deepcopy(model), anatomy, blocks[:1], method, few)  # libraries make kernels at first use
+        # libraries make kernels at first use, of experts for every number of tokens
+        sparsify(copy.deepcopy(model), anatomy, blocks if "A" in anatomy.sizes else blocks[:1], method, few)
         with PeakMemory() as memory:
             sparsify(model, anatomy, blocks, method, few)
     stated = sparse_bytes(anatomy, method, few[0], tokens=TOKENS, block=BLOCK)

@@ -333,6 +333,22 @@ def test_sums_do_not_hang_on_the_order_of_tokens() -> None:
         assert torch.allclose(getattr(a, name), getattr(b, name), rtol=1e-4), name
 
 
+@pytest.mark.parametrize("sees", ["inputs", "moments", "gram", "all"])
+def test_rows_of_zeros_behind_the_tokens_say_nothing(sees: str) -> None:
+    x = torch.randn(60, 40, generator=torch.Generator().manual_seed(0)) + 2
+    plain_one, padded = Reading(40, sees, x.device), Reading(40, sees, x.device)
+    for part in torch.split(x, 17):
+        plain_one.add(part)
+        padded.add(torch.cat([part, torch.zeros(7, 40)]), rows=len(part))
+    padded.add(torch.zeros(7, 40), rows=0)
+    assert plain_one.tokens == padded.tokens == 60
+    ours, theirs = padded.tensors(), plain_one.tensors()
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name].double(), value.double(), rtol=1e-5), name
+    if sees in ("moments", "all"):
+        assert padded.inputs(1).variance.min() > 0.5, "else a wrong count would not show"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sees", ["inputs", "moments", "gram", "all"])
 def test_inputs_of_16_bits_are_added_up_in_wider_ones(sees: str, dtype: torch.dtype) -> None:
@@ -426,7 +442,7 @@ def test_an_expert_reads_its_own_tokens(kind: str) -> None:
     handle = layer.mlp.experts.register_forward_pre_hook(lambda _, args: taken.append(args))
     readings = {}
     for routed in (False, True):
-        with Observer(layer, "inputs", routed) as observer, torch.no_grad():
+        with Observer(layer, "moments", routed) as observer, torch.no_grad():
             model(tokens())
         readings[routed] = observer.readings
     handle.remove()
@@ -444,6 +460,9 @@ def test_an_expert_reads_its_own_tokens(kind: str) -> None:
             assert torch.allclose(readings[False][name].inputs(1).squares, expected, rtol=1e-4)
             expected = (read * weight[rows, place, None]).square().sum(0)
             assert torch.allclose(readings[True][name].inputs(1).squares, expected, rtol=1e-4)
+            found, spread = readings[False][name].inputs(1), read.var(0, correction=0)
+            assert torch.allclose(found.sums, read.sum(0), rtol=1e-4, atol=1e-5)
+            assert torch.allclose(found.variance, spread, rtol=1e-4, atol=1e-6)
     assert anatomy.family.routers == ("mlp.gate",)
 
 

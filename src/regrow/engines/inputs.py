@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from regrow.artifacts.family import Family
 from regrow.artifacts.linear import Inputs
@@ -25,6 +26,7 @@ from regrow.errors import UnsupportedModel
 FUSED = ("gate_up_proj", "down_proj")  # parameters (experts, outputs, inputs) of a fused experts module
 STRIPE = 192  # columns of a Gram matrix that are computed together: only what lies on or above the diagonal
 ROWS = 1024  # of a batch, squared at a time: the norm over rows is ten times slower than squares and their sum
+SIZES = 64  # numbers of tokens of an expert are rounded up to multiples of it
 SAME = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of the outputs' scale: how far our own run through the experts and the model's may differ; 1e-4 in wider types."""
 
@@ -51,12 +53,14 @@ class Reading:
         self.products = torch.zeros(channels, channels, device=device) if gram else None  # (n, n) upper stripes
         self.cross: Tensor | None = None  # (n, n) fp32 sum of x_dense x^T
 
-    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+    def add(self, x: Tensor, dense: Tensor | None = None, *, rows: int | None = None) -> None:
         """`x` (N, n) in any float type; sums of squares are fp64, other sums fp32 within a batch.
 
-        `dense` (N, n) is what the same site reads in the dense model.
+        `dense` (N, n) is what the same site reads in the dense model. Behind the first `rows` of `x` there is nothing
+        but zeros.
         """
-        if not len(x):
+        rows = len(x) if rows is None else rows
+        if not rows:
             return
         x = x.float()
         if dense is not None:
@@ -69,11 +73,11 @@ class Reading:
             for part in torch.split(x, ROWS):
                 self.squares += part.square().sum(0, dtype=self.wide)
         if self.moments:  # Chan's formula: the means of two batches differ
-            variance, mean = (v.to(self.wide) for v in torch.var_mean(x, 0, correction=0))
-            total, gap = self.tokens + len(x), mean - self.mean
-            self.spread += len(x) * (variance + gap.square() * self.tokens / total)
-            self.mean += gap * len(x) / total
-        self.tokens += len(x)
+            variance, mean = (v.to(self.wide) for v in torch.var_mean(x[:rows], 0, correction=0))
+            total, gap = self.tokens + rows, mean - self.mean
+            self.spread += rows * (variance + gap.square() * self.tokens / total)
+            self.mean += gap * rows / total
+        self.tokens += rows
 
     def take_gram(self) -> Tensor:  # (n, n) fp32
         """The whole matrix, mirrored in place; the squares are kept, the reading is used up."""
@@ -218,7 +222,11 @@ class Observer:
     def _experts(self, site: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not self.remembers:
             _read_experts(
-                module, args, output, self.routed, lambda part, e, x: self._of(f"{site}.{part}[{e}]", x).add(x)
+                module,
+                args,
+                output,
+                self.routed,
+                lambda part, e, x, rows: self._of(f"{site}.{part}[{e}]", x).add(x, rows=rows),
             )
 
     def _end(self, *_: object) -> None:
@@ -226,20 +234,24 @@ class Observer:
 
 
 def _read_experts(
-    module: Any, args: tuple[Tensor, ...], output: Tensor, routed: bool, take: Callable[[str, int, Tensor], None]
+    module: Any, args: tuple[Tensor, ...], output: Tensor, routed: bool, take: Callable[[str, int, Tensor, int], None]
 ) -> None:
-    """What each expert's two matrices read, by a run of our own that must end where the module's did."""
+    """What each expert's two matrices read, by a run of our own that must end where the module's did.
+
+    Rows of zeros are added to its tokens: libraries keep a kernel for every number of rows that they have met.
+    """
     x, chosen, weights = args  # (N, d), (N, k), (N, k)
     found = torch.zeros_like(output)
     for e in range(len(module.gate_up_proj)):
         tokens, place = torch.where(chosen == e)
-        router = weights[tokens, place, None].to(x.dtype)  # (N_e, 1)
-        inner = x[tokens]  # (N_e, d)
+        count, more = len(tokens), (0, 0, 0, -len(tokens) % SIZES)
+        router = pad(weights[tokens, place, None].to(x.dtype), more)  # (N_e and more, 1)
+        inner = pad(x[tokens], more)  # (N_e and more, d)
         gate, up = nn.functional.linear(inner, module.gate_up_proj[e]).chunk(2, -1)
-        middle = module.act_fn(gate) * up  # (N_e, f)
-        found.index_add_(0, tokens, nn.functional.linear(middle, module.down_proj[e]) * router)
-        take(FUSED[0], e, inner * router if routed else inner)
-        take(FUSED[1], e, middle * router if routed else middle)
+        middle = module.act_fn(gate) * up  # (N_e and more, f)
+        found.index_add_(0, tokens, (nn.functional.linear(middle, module.down_proj[e]) * router)[:count])
+        take(FUSED[0], e, inner * router if routed else inner, count)
+        take(FUSED[1], e, middle * router if routed else middle, count)
     check_finite(f"outputs of {type(module).__name__}", output)
     if not (found - output).abs().max() <= SAME.get(output.dtype, 1e-4) * output.abs().max():
         raise UnsupportedModel(

@@ -29,8 +29,13 @@ def alps(
 ) -> Sparse:
     """ADMM on mask and weights at once, then conjugate gradients; `hold` keeps the mask and leaves the second part."""
     assert task.curvature is not None
-    if hold:
-        return conjugate_gradients(task.weight, start, task.curvature.gram, steps=polish, tolerance=1e-4)
+    found = start if hold else _admm(task, steps, penalty)
+    return conjugate_gradients(task.weight, found, task.curvature.gram, steps=polish, tolerance=1e-4)
+
+
+def _admm(task: Linear, steps: int, penalty: float) -> Sparse:
+    """What it holds is gone when conjugate gradients begin."""
+    assert task.curvature is not None
     scale, values, vectors = task.curvature.spectrum  # (n,), (n,), (n, n)
     target = task.weight * scale  # (m, n)
     pull = ((target @ vectors) * values) @ vectors.T  # target times the scaled Gram matrix
@@ -38,11 +43,11 @@ def alps(
     alive = ~task.curvature.dead
     gone = before = task.lowest(split.abs() * alive, "matrix")
     for step in range(1, steps + 1):
-        weight = (((pull - dual + penalty * split) @ vectors) / (values + penalty)) @ vectors.T
-        aim = weight + dual / penalty
+        weight = ((pull - dual).add_(penalty * split) @ vectors).div_(values + penalty) @ vectors.T
+        aim = (dual / penalty).add_(weight)
         gone = task.lowest(aim.abs() * alive, "matrix")
-        split = aim.masked_fill(gone, 0)
-        dual = dual + penalty * (weight - split)
+        split = aim.masked_fill_(gone, 0)
+        dual += (weight - split).mul_(penalty)
         if step % EVERY:
             continue
         moved = float((gone != before).sum() / (~gone).sum().clamp_min(1))
@@ -54,5 +59,4 @@ def alps(
         else:
             grown = True
             penalty = min(LARGEST, penalty * next(growth for share, growth in GROWTH if moved > share))
-    found = Sparse((split / scale).masked_fill(gone, 0), gone)
-    return conjugate_gradients(task.weight, found, task.curvature.gram, steps=polish, tolerance=1e-4)
+    return Sparse((split / scale).masked_fill(gone, 0), gone)
