@@ -18,6 +18,8 @@ from regrow.engines.hetero import Holder
 from regrow.engines.zeros import of_model
 from regrow.settings import Recipe
 
+UNEVEN = 1.5  # how much slower a run may be than one before, or faster than what was saved, on a quiet machine
+
 
 def origin_of(subject: Subject, held: Holder) -> dict[str, Any]:
     """A report's `model`: what is known of the source, and the class that holds the result."""
@@ -43,6 +45,19 @@ def sparse_sizes(subject: Subject, found: Sparsity | None) -> dict[str, Measure]
         "size/nonzero_weights": Measure(found.weights - found.zeros, "", "lower"),
         "size/bitmask_bytes": Measure(size, "bytes", "lower", how=how),
     }
+
+
+def uneven(before: Mapping[str, Measure], after: Mapping[str, Measure]) -> tuple[str, ...]:
+    """A note where reading a prompt became slower, or quicker than its operations explain: minutes lie between both
+    measurements, and a machine that does other work meanwhile tells nothing."""
+    name = "speed/prompt_ms/batch1"
+    if name not in before or name not in after:
+        return ()
+    times, work = (after[n].value / before[n].value for n in (name, "size/flops_per_token"))
+    if work / UNEVEN <= times <= UNEVEN:
+        return ()
+    what = f"a prompt took {times:.2f} of the time before, and {work:.2f} of the operations"
+    return (f"{what}: the machine had other work before or after, so speeds cannot be compared",)
 
 
 def by_layer(subject: Subject, kept: Sparsity | None, errors: Mapping[int, float]) -> tuple[dict[str, float], ...]:

@@ -45,7 +45,7 @@ from regrow.prepare import (
     settled,
     with_method,
 )
-from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, zeros_of
+from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
 from regrow.settings import Calibration, Recipe, dump
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
@@ -113,17 +113,19 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         after = _measure(subject, recipe, progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
     kept = None if zeros is None else zeros_of(subject, recipe, always=True)
+    before = {**sizes(subject.anatomy, subject.anatomy.dense), **sparse_sizes(subject, zeros), **before}
+    after = {**sizes(subject.anatomy, plan.shape()), **sparse_sizes(subject, kept), **after}
     report = Report(
         model=origin_of(subject, done.holder),
         made_by=_made_by(recipe, subject, plan),
         shape={"before": subject.anatomy.dense.to_json(), "after": plan.shape().to_json()},
-        before={**sizes(subject.anatomy, subject.anatomy.dense), **sparse_sizes(subject, zeros), **before},
-        after={**sizes(subject.anatomy, plan.shape()), **sparse_sizes(subject, kept), **after},
+        before=before,
+        after=after,
         samples=tuple(
             {"prompt": p, "before": b, "after": a} for p, b, a in zip(recipe.evaluate.samples, said, now, strict=True)
         ),
         machine=machine(),
-        notes=(*([f"dense: {subject.source['note']}"] if subject.source.get("note") else []), *done.notes),
+        notes=(*_known(subject), *done.notes, *uneven(before, after)),
         stages=clock.stages,
         training=training,
         sparsity=by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
@@ -151,6 +153,12 @@ class _Done:
             return dict(self.files)
         found = replace(self.sparsified, sparsity=kept)
         return {**self.files, "sparsity.json": json.dumps(found.to_json(), indent=1)}
+
+
+def _known(subject: Subject) -> tuple[str, ...]:
+    """What a reader must know of the model that all began with."""
+    note = subject.source.get("note")
+    return (f"dense: {note}",) if note else ()
 
 
 def _warned(subject: Subject, recipe: Recipe, done: _Done) -> _Done:
