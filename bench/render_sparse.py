@@ -138,7 +138,7 @@ def prices(speeds: Rows, room: Rows) -> str:
     patterns = PATTERNS[:2]
     found = {pattern: speeds.get(f"methods {pattern}", {}) for pattern in patterns}
     body = []
-    for name in dict.fromkeys(key.rpartition(" ")[0] for key in room if not key.startswith("step: ")):
+    for name in dict.fromkeys(key.rpartition(" ")[0] for key in room if not key.startswith(("step: ", "experts: "))):
         times = [
             "1" if name == "sparsegpt" else f"{found[p][name]['median']:.2f}" if name in found[p] else "-"
             for p in patterns
@@ -201,7 +201,10 @@ def memory(data: dict[str, Any]) -> str:
         stated = f"{row['stated'] / 1e6:.0f}" if "stated" in row else "-"
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
         rows.append([key, f"{row['bytes'] / 1e6:.0f}", stated, ratio])
-    about = "Beyond the loaded model, in MB; `step` is a training step over the decoder blocks with 1,024 tokens.\n\n"
+    about = (
+        "Beyond the loaded model, in MB; `step` is a training step over the decoder blocks with 1,024 tokens, "
+        "`experts` a random layer of eight experts.\n\n"
+    )
     return about + table(["what", "measured", "stated by `estimate`", "ratio"], rows)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,17 +113,15 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         after = _measure(subject, recipe, progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
     kept = None if zeros is None else zeros_of(subject, recipe, always=True)
-    before = {**sizes(subject.anatomy, subject.anatomy.dense), **sparse_sizes(subject, zeros), **before}
-    after = {**sizes(subject.anatomy, plan.shape()), **sparse_sizes(subject, kept), **after}
+    before = sizes(subject.anatomy, subject.anatomy.dense) | sparse_sizes(subject, zeros) | before
+    after = sizes(subject.anatomy, plan.shape()) | sparse_sizes(subject, kept) | after
     report = Report(
         model=origin_of(subject, done.holder),
         made_by=_made_by(recipe, subject, plan),
         shape={"before": subject.anatomy.dense.to_json(), "after": plan.shape().to_json()},
         before=before,
         after=after,
-        samples=tuple(
-            {"prompt": p, "before": b, "after": a} for p, b, a in zip(recipe.evaluate.samples, said, now, strict=True)
-        ),
+        samples=_side_by_side(recipe.evaluate.samples, said, now),
         machine=machine(),
         notes=(*_known(subject), *done.notes, *uneven(before, after)),
         stages=clock.stages,
@@ -153,6 +151,10 @@ class _Done:
             return dict(self.files)
         found = replace(self.sparsified, sparsity=kept)
         return {**self.files, "sparsity.json": json.dumps(found.to_json(), indent=1)}
+
+
+def _side_by_side(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> tuple[dict[str, str], ...]:
+    return tuple({"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True))
 
 
 def _known(subject: Subject) -> tuple[str, ...]:
