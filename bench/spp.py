@@ -32,11 +32,12 @@ from regrow.engines.adapters import add_adapters, merge, trainable_parameters
 from regrow.engines.bind import Subject
 from regrow.engines.checkpoint import round_to
 from regrow.engines.distil import FromTeacher
+from regrow.engines.objective import next_token
 from regrow.engines.perplexity import block_losses
 from regrow.engines.tasks import answer_tasks
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks, text_blocks
-from regrow.engines.train import next_token, train
+from regrow.engines.train import train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.zeros import of_model
 from regrow.errors import BrokenModel

@@ -32,7 +32,7 @@ def kind(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin is tuple:
-        return f"list of {'axes' if inner[0] == Axis else 'texts'}"
+        return f"list of {'axes' if inner[0] == Axis else f'{kind(inner[0])}s'}"
     if origin is dict:
         return f"{kind(inner[0])}: {kind(inner[1])}"
     if origin in (Union, types.UnionType):

@@ -33,7 +33,8 @@ from regrow.errors import (
     TextError,
     UnknownName,
 )
-from regrow.settings import RECIPES, Recipe, find_recipe, overlay, parse, read_recipe, recipe_names
+from regrow.recipe_files import RECIPES, find_recipe, overlay, read_recipe, recipe_names
+from regrow.settings import Recipe, parse
 from regrow.stages import recover as recovering
 
 

@@ -14,7 +14,8 @@ from regrow import errors
 from regrow.cache import cache_dir, key, size_bytes
 from regrow.errors import InputError, ModelError, RegrowError, SettingsError, UnknownName
 from regrow.prepare import check_words
-from regrow.settings import Recipe, dump, find_recipe, overlay, parse, read_recipe, read_yaml, recipe_names
+from regrow.recipe_files import dump, find_recipe, overlay, read_recipe, read_yaml, recipe_names
+from regrow.settings import Recipe, parse
 
 TREE = [c for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, RegrowError)]
 

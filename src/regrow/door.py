@@ -7,8 +7,9 @@ from typing import Any
 
 from regrow.artifacts.report import Report
 from regrow.cli.finish import pages
+from regrow.recipe_files import find_recipe, overlay, read_recipe
 from regrow.run import Progress, run
-from regrow.settings import SPARSE_CALIBRATION, Recover, Sparsify, find_recipe, overlay, parse, read_recipe
+from regrow.settings import SPARSE_CALIBRATION, Recover, Sparsify, parse
 
 
 def prune(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
-TRAIN_COPIES = {"full": 4.0, "ast": 5.25}  # ast: as the model sees its weights, and a byte each for the mask
+TRAIN_COPIES = {"full": 4.0, "cut": 4.0, "ast": 5.25}  # cut: at most; ast: the weights as seen, a byte for the mask
 PIECES = 6  # tensors of a piece of logits while a student learns from a teacher: both models', and what follows of them
 EFFICIENCY = 0.6  # of a large matrix product's speed that a whole model reaches
 PROBES, PROBE_PASSES, PROBE_COPIES = 4, 9.0, 4.0  # of a Hessian's trace: blocks, forward passes each, of the model

@@ -11,7 +11,7 @@ from pathlib import Path
 from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import Unit
-from regrow.artifacts.goal import DIVERGENCES
+from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import gone, tensor_size
@@ -51,7 +51,8 @@ def check_words(recipe: Recipe) -> Wish | None:
     asked = recipe.recover
     if asked is not None and asked.tokens:
         as_train(asked, recipe.seed)
-        DIVERGENCES.get(asked.loss)
+        DIVERGENCES.get(asked.loss).check(asked.distil.options)
+        LIKENESSES.get(asked.distil.likeness).check(asked.distil.likeness_options)
         if recipe.dtype == "fp16":
             raise SettingsError(
                 "recovery in fp16, where gradients of deep models vanish",

@@ -32,8 +32,9 @@ class Registry(Generic[T]):
         return item
 
     def get(self, name: str) -> T:
-        """The item called `name`. Raises `UnknownName` with the nearest names and all of them."""
+        """The item called `name`, with `_` for `-` if need be. Raises `UnknownName` with the nearest names and all."""
         self._walk()
+        name = name if name in self._items else name.replace("_", "-")
         if name not in self._items:
             raise UnknownName(self.noun, name, self._items)
         return self._items[name]

@@ -10,7 +10,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from regrow.artifacts.report import Measure, Report
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import loss_by_axis
 from regrow.artifacts.sparsity import Sparsity
-from regrow.engines import checkpoint, products, tokens
+from regrow.engines import checkpoint, processes, products, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
 from regrow.engines.distil import Teacher
@@ -45,8 +45,9 @@ from regrow.prepare import (
     settled,
     with_method,
 )
+from regrow.recipe_files import dump
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
-from regrow.settings import Calibration, Recipe, dump
+from regrow.settings import Calibration, Recipe
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
 from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
@@ -76,10 +77,14 @@ class _Clock:
 
 @products.faster()
 def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = None) -> Report:
-    """Walk the whole road and leave a finished folder at `out`. Raises errors of `errors.py`; leaves nothing then."""
+    """Walk the whole road and leave a finished folder at `out`. Raises errors of `errors.py`; leaves nothing then.
+
+    Of several processes all train, and the first does the rest.
+    """
     recipe = settled(recipe)
     wish, clock = check(recipe), _Clock()
-    checkpoint.check_out(out)
+    if processes.first():
+        checkpoint.check_out(out)
     with clock.stage("load"):
         subject = load(
             recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
@@ -87,15 +92,9 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     zeros = zeros_of(subject, recipe, always=wish is None)
     recipe = with_method(recipe, zeros)
     check_subject(subject, recipe, wish)
-    plan, scores = Plan.everything(subject.anatomy), None
-    if wish is not None:
-        with clock.stage("score") as record:
-            scores = scored(subject, recipe, record, progress)
-        with clock.stage("plan"):
-            plan = make_plan(subject.anatomy, scores, wish)
-            check_planned(subject, plan, recipe)
+    plan, scores = _planned(subject, recipe, wish, clock, progress)
     with clock.stage("evaluate before") as record:
-        before, said = measured(subject, recipe, record, progress)
+        before, said = measured(subject, recipe, record, progress) if processes.first() else ({}, [])
     done = _Done(holder(subject.model.config, subject.anatomy, plan))
     if wish is not None:
         with clock.stage("apply"):
@@ -109,6 +108,8 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         with clock.stage("recover", tokens=recipe.recover.tokens):
             recovered, work = _recovered(subject, recipe, plan, progress)
         training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
+    if not processes.first():
+        return _by_the_first(out)
     with clock.stage("evaluate after"):
         after = _measure(subject, recipe, progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
@@ -133,7 +134,28 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     export(subject, done.holder, out, {**files, **pages}, notes_of_folder(subject, out, recipe, kept))
     if training:
         cache.drop(work)
+    processes.wait()
     return report
+
+
+def _by_the_first(out: Path) -> Report:
+    """What the first of several processes has written, once it has."""
+    processes.wait()
+    return Report.from_json(json.loads((out / "report.json").read_text(encoding="utf-8")))
+
+
+def _planned(
+    subject: Subject, recipe: Recipe, wish: Wish | None, clock: _Clock, progress: Progress | None
+) -> tuple[Plan, Scores | None]:
+    """What stays, and the scores that say so; everything, and none, where no unit is to go."""
+    if wish is None:
+        return Plan.everything(subject.anatomy), None
+    with clock.stage("score") as record:
+        scores = scored(subject, recipe, record, progress)
+    with clock.stage("plan"):
+        plan = make_plan(subject.anatomy, scores, wish)
+        check_planned(subject, plan, recipe)
+    return plan, scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +360,7 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         "weights": weights_fingerprint(subject.model),
         "teacher": None if teacher is None else teacher.source["fingerprint"],
         "plan": plan.to_json(),
-        "recover": asked.model_dump(exclude=set(FREE)),
+        "recover": asked.model_dump(exclude=set(FREE) - ({"evaluate_every"} if asked.patience else set())),
         "sparsify": None if recipe.sparsify is None else recipe.sparsify.model_dump(mode="json"),
         "calibration": _read_by(recipe) if recipe.sparsify and calibrates(recipe) else None,
         "code": cache.code(),
@@ -351,7 +373,7 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     )
     empty = unanswered(asked.text)  # now, while the text is surely there
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
-    with cache.held(work, "this recovery"):
+    with cache.held(work, "this recovery") if processes.first() else nullcontext():
         found = recover(
             subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
         )

@@ -2,17 +2,15 @@
 
 A recipe is complete: the same file gives the same run. Flags override it. Descriptions here are the text of
 docs/recipes.md; defaults of criterion, spread and calibration were chosen on held-out text (bench/defaults.py).
-What this gives up: expressions, includes and environment variables in recipes.
+What this gives up: settings that hang on each other in ways that only a model can tell.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from regrow.errors import InputError, SettingsError, UnknownName, guess
@@ -87,7 +85,8 @@ class Sparsify(_Part):
 DROPOUT = 0.05  # LLM-Pruner's, for LoRA
 BASE = "base"  # the teacher that is where everything began
 KEEPS, KEEPS_CUT = "spp", "hira"  # how a sparse model recovers unless another way is named; of any width when it is cut
-RATES = {"lora": 3e-4, "lora-masked": 1e-3, "spp": 1e-2, "hira": 1e-2, "ia3": 1e-2, "full": 3e-5, "ast": 3e-5}
+RATES = {"lora": 3e-4, "lora-masked": 1e-3, "spp": 1e-2, "hira": 1e-2, "ia3": 1e-2}
+RATES |= dict.fromkeys(("full", "cut", "ast"), 3e-5)
 """The peak rate of each way to recover. LoRA of a cut model: LLM-Pruner's. Of a sparse model: the best of three by
 held-out loss (bench/spp.py); SPP, HiRA and IA3 multiply weights, and a factor that is nearer to 1 than about 1/400 is
 rounded away in 16 bits. All weights: less than was best there (1e-4), since larger models bear less."""
@@ -97,12 +96,37 @@ SPARSE_CALIBRATION = {"tokens": 8192, "block": 512}
 """What zeros are chosen on where a command or the Python door is not told otherwise."""
 
 
+class Distil(_Part):
+    """How a student learns from its teacher; without one nothing of this is read."""
+
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the loss: temperature, beta")
+    text: float = Field(
+        default=0, ge=0, allow_inf_nan=False, description="weight of the text's next token beside the teacher"
+    )
+    states: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        description="places where states are compared too: 0 is what the first block receives, n what the n-th block "
+        "from the end gives; [0, 4] after a deep cut of layers, none otherwise",
+    )
+    likeness: str = Field(default="cosine", description="how states are compared; `regrow ls losses`")
+    likeness_options: dict[str, Any] = Field(
+        default_factory=dict, description="its options, such as heads of relations"
+    )
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="of that comparison; null = in every pass as much as the loss has",
+    )
+
+
 class Recover(_Part):
     """Training after the cut. Only the recovery part of a source is used."""
 
-    method: Literal["lora", "lora-masked", "spp", "hira", "ia3", "full", "ast"] = Field(
+    method: Literal["lora", "lora-masked", "spp", "hira", "ia3", "full", "cut", "ast"] = Field(
         default="lora",
-        description="adapters that are merged, or all weights (full, ast); of a sparse model, lora fills the zeros, "
+        description="adapters that are merged, all weights (full, ast), or norms and what was cut (cut); of a sparse "
+        "model, lora fills the zeros, "
         f"ast moves them, and the others keep every one: {KEEPS} is its default",
     )
     tokens: int = Field(default=100_000, ge=0, description="how many tokens are trained on; 0 = no recovery")
@@ -125,6 +149,9 @@ class Recover(_Part):
         default="cosine", description="of the learning rate; wsd: warm up, stay, decay over the last fifth"
     )
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
+    floor: float = Field(default=0, ge=0, le=1, description="share of the peak rate that is left at the end")
+    weight_decay: float = Field(default=0, ge=0, allow_inf_nan=False, description="of matrices; vectors do not decay")
+    clip: float = Field(default=1, ge=0, allow_inf_nan=False, description="largest norm of a gradient; 0 = no limit")
     batch: int = Field(default=8, ge=1, description="sequences in a step")
     micro_batch: int = Field(default=4, ge=1, description="sequences in one pass; must divide `batch`")
     rank: int = Field(default=8, ge=1, description="of the adapters (not of ia3)")
@@ -140,12 +167,28 @@ class Recover(_Part):
         description=f"before the adapters; null = the method's own: {DROPOUT:g} of lora and lora-masked, else 0",
     )
     checkpointing: bool = Field(default=False, description="less memory, more time")
+    autocast: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="what products are computed in while training, of weights in fp32"
+    )
+    evaluate_every: int | None = Field(
+        default=None, ge=1, description="tokens between two losses on held-out text; null = a twentieth of all"
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop when held-out loss has not been lower for so many of them, and keep the best; null = never",
+    )
+    report_to: tuple[str, ...] = Field(
+        default=(), description="tensorboard, wandb ...: what transformers reports to; train.jsonl is always written"
+    )
+    resume: bool = Field(default=True, description="go on where an interrupted recovery of the same kind stopped")
     teacher: str | None = Field(
         default=None,
         description="learn from this model's predictions instead of the text's next token; same tokenizer; "
         "base = the model that all steps before began with",
     )
     loss: str = Field(default="forward-kl", description="how far from the teacher; `regrow ls losses`")
+    distil: Distil = Field(default=Distil(), description="how the student learns from its teacher")
 
     @field_validator("alpha")
     @classmethod
@@ -228,6 +271,7 @@ PARTS: dict[str, type[_Part]] = {
     "calibration": Calibration,
     "sparsify": Sparsify,
     "recover": Recover,
+    "recover.distil": Distil,
     "evaluate": Evaluate,
 }
 
@@ -257,69 +301,5 @@ def _explained(error: ValidationError, where: str) -> InputError:
 
 def _keys(path: list[str]) -> list[str]:
     """The keys allowed at a place in a recipe, as paths."""
-    part: Any = PARTS.get(path[0]) if path else Recipe
+    part: Any = PARTS.get(".".join(path)) if path else Recipe
     return [".".join([*path, name]) for name in (part or Recipe).model_fields]
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 without numbers to the base of sixty: 2:4 is a pattern, not two minutes and four seconds."""
-
-
-_Yaml.yaml_implicit_resolvers = {
-    first: [(tag, re.compile(f"(?!.*:){form.pattern}", re.X) if tag.endswith((":int", ":float")) else form)
-            for tag, form in forms]
-    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}  # fmt: skip
-
-
-def read_yaml(text: str) -> Any:
-    """What a recipe, or a value in one, says. Raises `yaml.YAMLError`."""
-    return yaml.load(text, _Yaml)
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The data of a YAML recipe. Raises `SettingsError` when it is not a mapping."""
-    try:
-        data = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(
-            f"recipe {path} cannot be read: {error}", "a YAML file", "check the path and the file"
-        ) from error
-    if not isinstance(data, dict):
-        raise SettingsError(
-            f"recipe {path} holds {type(data).__name__}", "a mapping of keys to values", "see docs/recipes.md"
-        )
-    return data
-
-
-RECIPES = Path(__file__).with_name("recipes")
-
-
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe by name or by path. Raises `UnknownName`."""
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    if name not in recipe_names():
-        raise UnknownName("recipe", name, recipe_names(), "name one of them, or a path that ends in .yaml")
-    return RECIPES / f"{name}.yaml"
-
-
-def overlay(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with `changes` on top, mappings merged; None is a value, as null is in a recipe."""
-    merged = dict(data)
-    for key, value in changes.items():
-        if isinstance(value, Mapping):
-            below = merged.get(key)
-            merged[key] = overlay(below if isinstance(below, Mapping) else {}, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML, every value spelled out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

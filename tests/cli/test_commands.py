@@ -19,7 +19,8 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
 from regrow.cli.main import app
 from regrow.engines import checkpoint
-from regrow.settings import Recipe, recipe_names
+from regrow.recipe_files import recipe_names
+from regrow.settings import Recipe
 
 FILES = {
     "README.md",

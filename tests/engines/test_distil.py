@@ -23,7 +23,8 @@ from regrow.artifacts.goal import DIVERGENCES, Divergence, divergence
 from regrow.engines import head as heads
 from regrow.engines.adapters import add_adapters
 from regrow.engines.distil import FromTeacher, bare, check_teacher, checked_head, needed_head
-from regrow.engines.train import next_token, train
+from regrow.engines.objective import next_token
+from regrow.engines.train import train
 from regrow.errors import SettingsError, UnknownName, UnsupportedModel
 from regrow.losses.forward_kl import forward_kl
 

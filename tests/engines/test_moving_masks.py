@@ -23,7 +23,8 @@ from regrow.engines import masks, moving_masks
 from regrow.engines.bind import bind
 from regrow.engines.distil import FromTeacher
 from regrow.engines.moving_masks import Mask, check_counts, moving, needed, width
-from regrow.engines.train import next_token, train
+from regrow.engines.objective import next_token
+from regrow.engines.train import train
 from regrow.errors import IdentityError, SettingsError
 
 NEVER = 10**6

@@ -11,10 +11,11 @@ from torch import Tensor
 from training import STEP, VOCAB, Stop, T, patterns, pull_plug, same, settings, tiny, weights
 
 from regrow.artifacts.goal import DIVERGENCES
-from regrow.engines import train as training
+from regrow.engines import loop
 from regrow.engines.distil import FromTeacher
+from regrow.engines.objective import next_token
 from regrow.engines.packed import Packed, Stream, as_packed, order, share
-from regrow.engines.train import next_token, train
+from regrow.engines.train import train
 from regrow.errors import SettingsError, TextError
 
 Batch = dict[str, Tensor]
@@ -148,7 +149,7 @@ def test_a_step_is_the_mean_over_all_its_targets(kind: str, tmp_path: Path, monk
         found, value = run(size)
         assert value == pytest.approx(start, rel=1e-5)
         assert near(found, whole)
-    monkeypatch.setattr(training, "share", lambda _: 1.0)
+    monkeypatch.setattr(loop, "share", lambda _: 1.0)
     assert not near(run(1)[0], whole)
 
 

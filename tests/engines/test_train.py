@@ -18,9 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training import STEP, VOCAB, T, patterns, same, settings, tiny, weights
 
 from regrow.engines.adapters import add_adapters
+from regrow.engines.objective import Objective, next_token
 from regrow.engines.packed import order
 from regrow.engines.resume import newest
-from regrow.engines.train import Objective, next_token, train
+from regrow.engines.train import train
 from regrow.engines.train_settings import rate
 from regrow.errors import BrokenModel, SettingsError, TextError
 

@@ -30,7 +30,8 @@ def estimate(
     quiet: o.Quiet = False,
 ) -> None:
     """Dry run: resulting shape, peak memory, tokens and rough time. No weights are loaded."""
-    from regrow.settings import find_recipe, overlay, parse, read_recipe
+    from regrow.recipe_files import find_recipe, overlay, read_recipe
+    from regrow.settings import parse
 
     main, others = o.criteria(criterion)
     data = read_recipe(find_recipe(recipe))

@@ -28,7 +28,8 @@ def evaluate(
     quiet: o.Quiet = False,
 ) -> None:
     """Perplexity and bits per byte of a text, zero-shot tasks, speed."""
-    from regrow.settings import overlay, parse
+    from regrow.recipe_files import overlay
+    from regrow.settings import parse
 
     if text is None and tasks is None and not speed:
         raise InputError("nothing to measure", "--text, --tasks, --speed", "add --text FILE or --tasks piqa,arc_easy")

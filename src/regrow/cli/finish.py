@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
     """Walk the road, print the table and where things are."""
+    from regrow.engines import processes
     from regrow.run import run
 
-    out = out.expanduser()
+    out, quiet = out.expanduser(), quiet or not processes.first()
     with console.progress(quiet) as say:
         report = run(recipe, out, page=pages, progress=say)
     if not quiet:
@@ -31,7 +32,7 @@ def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
             print("cut:    " + ", ".join(f"{100 * share:.1f} % of {unit}s" for unit, share in split.items()))
         print(f"model:  {out}\nreport: {out / 'report.html'}\nload:   {load_line(report, out)}")
         print(f"cache:  {cache_dir()} ({size_bytes(cache_dir()) / 1e6:,.0f} MB; safe to delete)")
-    if as_json:
+    if as_json and processes.first():
         data = report.to_json()
         console.emit({"out": str(out), **{k: data[k] for k in ("before", "after", "retention", "shape", "notes")}})
 

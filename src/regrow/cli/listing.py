@@ -32,7 +32,7 @@ def ls(
         "weight-criteria": (["criterion of weights", "competes within", "solver", "what", "paper"], weight_criteria),
         "solvers": (["solver", "sees", "starts from", "options", "what", "paper"], solvers),
         "zero-spreads": (["spread of zeros", "what", "paper"], zero_spreads),
-        "losses": (["loss", "what", "paper"], losses),
+        "losses": (["loss", "of", "options", "what", "paper"], losses),
     }
     if kind != "all" and kind not in kinds:
         raise UnknownName("kind of list", kind, [*kinds, "all"], "name one of them")
@@ -75,9 +75,11 @@ def zero_spreads() -> Rows:
 
 
 def losses() -> Rows:
-    from regrow.artifacts.goal import DIVERGENCES
+    from regrow.artifacts.goal import DIVERGENCES, LIKENESSES, Measured
 
-    return [[d.name, d.about, d.paper] for _, d in DIVERGENCES.items()]
+    both: list[tuple[str, Measured]] = [("logits", d) for _, d in DIVERGENCES.items()]
+    both += [(found.of, found) for _, found in LIKENESSES.items()]
+    return [[d.name, of, ", ".join(f"{n}={v}" for n, v in d.options.items()), d.about, d.paper] for of, d in both]
 
 
 def families() -> Rows:
@@ -87,7 +89,8 @@ def families() -> Rows:
 
 
 def recipes() -> Rows:
-    from regrow.settings import find_recipe, parse, read_recipe, recipe_names
+    from regrow.recipe_files import find_recipe, read_recipe, recipe_names
+    from regrow.settings import parse
 
     found = [parse(read_recipe(find_recipe(name)), name) for name in recipe_names()]
     return [[r.name, r.about, r.paper] for r in found]

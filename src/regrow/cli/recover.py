@@ -35,6 +35,7 @@ def recover(
         str | None, typer.Option(help="learn from this model's predictions: a hub id, a folder, demo, base")
     ] = None,
     loss: Annotated[str | None, typer.Option(help="how far from the teacher; see `regrow ls losses`")] = None,
+    resume: Annotated[bool | None, typer.Option(help="go on with an interrupted recovery; the default")] = None,
     text: o.Text = None,
     tasks: o.Tasks = None,
     limit: o.Limit = None,
@@ -67,6 +68,7 @@ def recover(
             learn=learn,
             teacher=teacher,
             loss=loss,
+            resume=resume,
         ),
         evaluate=present(tasks=o.names(tasks), limit=limit, speed=speed) | measured_text(text),
         seed=seed,

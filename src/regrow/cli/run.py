@@ -32,7 +32,8 @@ def run(
 ) -> None:
     """Run a whole recipe: score, cut, recover, measure, write. Run it again to go on after an interruption."""
     from regrow.cli.finish import finish
-    from regrow.settings import find_recipe, overlay, parse, read_recipe
+    from regrow.recipe_files import find_recipe, overlay, read_recipe
+    from regrow.settings import parse
 
     flags: dict[str, Any] = present(
         model=model,
@@ -56,7 +57,7 @@ def assignment(item: str) -> tuple[list[str], Any]:
     """`a.b=1` -> ([a, b], 1); the value is YAML, so a list is `[piqa, boolq]` and nothing is `null`."""
     import yaml
 
-    from regrow.settings import read_yaml
+    from regrow.recipe_files import read_yaml
 
     key, equals, text = item.partition("=")
     if not equals or not key:

@@ -25,7 +25,7 @@ def show(
     """Print a plan, a report or a recipe."""
     from regrow.artifacts.plan import Plan
     from regrow.artifacts.report import Report
-    from regrow.settings import find_recipe, read_recipe, recipe_names
+    from regrow.recipe_files import find_recipe, read_recipe, recipe_names
 
     if what in recipe_names():
         recipe = find_recipe(what)

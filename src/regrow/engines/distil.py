@@ -7,17 +7,22 @@ another one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 
 from regrow.artifacts.goal import Divergence
 from regrow.engines.head import PROBE, Head, final_states, head_of, mean_over_tokens, trusted_head
+from regrow.engines.match import Heard, Matcher, listening
+from regrow.engines.objective import Answer, Objective
 from regrow.engines.packed import learnt
 from regrow.engines.resume import weights_fingerprint
 from regrow.errors import SettingsError, UnsupportedModel
 
+TINY = 1e-8  # states that are nearer to each other get no more weight
 PROBES = (
     "The quick brown fox, naïve façade!\n",
     "Съешь ещё этих мягких французских булок",
@@ -62,35 +67,84 @@ def checked_head(model: Any, who: str) -> Head:
 
 
 class FromTeacher:
-    """The loss (model, batch) -> () of the training loop: mean divergence from the teacher over all positions.
+    """The loss (model, batch) of the training loop: mean divergence from the teacher over all positions.
 
-    Where only some tokens are learnt: over the positions before them; 0 where there are none.
+    Where only some tokens are learnt: over the positions before them; 0 where there are none. `text` is the weight of
+    the text's next token beside it; `match` says which states are compared too.
     """
 
-    def __init__(self, teacher: Any, divergence: Divergence, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Any,
+        divergence: Divergence,
+        options: Mapping[str, Any] | None = None,
+        *,
+        text: float = 0.0,
+        matcher: Matcher | None = None,
+    ) -> None:
         self.teacher, self.head = teacher.eval(), checked_head(teacher, "teacher")
         self.divergence, self.options = divergence, dict(options or {})
+        self.text, self.matcher = text, matcher
+        self.by_pass = matcher is not None and matcher.match.weight is None  # what it weighs hangs on the micro-batch
         how = "".join(f" {name}={value}" for name, value in sorted(self.options.items()))
-        self.__name__ = f"{divergence.name}{how} from {weights_fingerprint(teacher)}"  # what a resumed run must share
+        also = (f" + {text:g} next token" if text else "") + (f" + {matcher.match}" if matcher else "")
+        # what a resumed run must share
+        self.__name__ = f"{divergence.name}{how}{also} from {weights_fingerprint(teacher)}"
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def objective(self) -> Objective:
+        return Objective(self, beside=self.matcher)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
-
-        def states(of: Any, where: Any) -> Tensor:  # (positions, C)
-            found = final_states(of, ids.to(where)).to(ids.device)  # (b, T, C)
-            return found.flatten(0, 1) if mask is None else found[:, :-1][mask]
-
         with torch.no_grad():
-            theirs = states(self.teacher, self.teacher.device)
-        ours = states(model, ids.device)
-        head = needed_head(bare(model), "student")
+            theirs, heard = self._run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
+        ours, mine = self._run(model, bare(model), ids, mask)
+        loss, parts = self._predictions(
+            needed_head(bare(model), "student"), theirs.to(ours.device), ours, targets(batch)
+        )
+        if self.matcher is not None:
+            states = self.matcher(heard, mine, mask)
+            weight = self.matcher.match.weight
+            even = parts["divergence"] / states.detach().clamp_min(TINY)
+            parts["states"] = states.detach()
+            loss = loss + states * (even if weight is None else weight)
+        return (loss, parts) if len(parts) > 1 else loss
+
+    def _run(self, model: Any, own: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Heard]:
+        """States that the head receives where they count (n, C), and what was heard on the way."""
+        with ExitStack() as stack:
+            heard = stack.enter_context(listening(own, self.matcher.match)) if self.matcher else {}
+            final = final_states(model, ids)  # (b, T, C)
+        return (final.flatten(0, 1) if mask is None else final[:, :-1][mask.to(final.device)]), heard
+
+    def _predictions(
+        self, head: Head, theirs: Tensor, ours: Tensor, following: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Divergence, and the next token beside it, in one go through the vocabulary; states are (n, C)."""
+        rows = min(len(head.weight), len(self.head.weight))
+        head, known = head.first(rows), self.head.first(rows)
+        sums = {"divergence": torch.zeros((), device=ours.device)}
+        told = (following >= 0).sum().clamp_min(1)
 
         def measure(logits: Tensor, piece: slice) -> Tensor:
             with torch.no_grad():
-                expected = self.head.logits(theirs[piece])
-            return self.divergence.measure(expected, logits, **self.options)
+                expected = known.logits(theirs[piece].to(known.weight.dtype))
+            each = self.divergence.measure(expected, logits, **self.options)  # (p,)
+            sums["divergence"] += each.detach().sum() / len(ours)
+            if not self.text:
+                return each
+            next_one = cross_entropy(logits, following[piece], ignore_index=-100, reduction="none")
+            sums["next_token"] = sums.get("next_token", 0.0) + next_one.detach().sum() / told
+            return each + self.text * next_one * (len(ours) / told)
 
-        return mean_over_tokens(head, ours, measure)
+        return mean_over_tokens(head, ours, measure), sums
+
+
+def targets(batch: Mapping[str, Tensor]) -> Tensor:  # (n,) int64
+    """The token that follows each position that counts; -100 where none does."""
+    ids, mask = batch["input_ids"], learnt(batch)
+    return pad(ids[:, 1:], (0, 1), value=-100).flatten() if mask is None else ids[:, 1:][mask]
 
 
 def bare(model: Any) -> Any:

@@ -7,7 +7,7 @@ vocabulary. Results are those of the plain way, to rounding. What this gives up:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ class Head:
     weight: Tensor  # (V, C)
     bias: Tensor | None  # (V,)
     shape: Callable[[Tensor], Tensor]  # scale and soft cap
+
+    def first(self, rows: int) -> Head:
+        """The head of the first `rows` tokens; what lies behind pads the vocabulary."""
+        if rows == len(self.weight):
+            return self
+        return replace(self, weight=self.weight[:rows], bias=None if self.bias is None else self.bias[:rows])
 
     def logits(self, states: Tensor) -> Tensor:  # (n, V) fp32
         return self.shape(linear(states, self.weight, self.bias)).float()
@@ -60,7 +66,11 @@ def mean_over_tokens(head: Head, states: Tensor, measure: Measure, weights: Tens
     `weights` (n,) say how much each token counts; all the same by default. They need not add up to one.
     """
     weights = torch.ones(len(states), device=states.device) if weights is None else weights.float()
-    shares = weights / weights.sum()
+    return sum_over_tokens(head, states, measure, weights / weights.sum())
+
+
+def sum_over_tokens(head: Head, states: Tensor, measure: Measure, shares: Tensor) -> Tensor:  # () fp32
+    """The same for shares (n,) that stay as they are, also below zero."""
     given = [states, head.weight, head.bias]
     if not torch.is_grad_enabled():  # else gradients would be made and thrown away
         given = [None if t is None else t.detach() for t in given]

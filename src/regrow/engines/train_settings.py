@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from regrow.errors import SettingsError
 
@@ -20,7 +20,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after w
     "constant": lambda _: 1.0,
     "wsd": lambda done: min(1.0, (1 - done) / WSD_DECAY),
 }
-FREE = ("micro_batch", "checkpointing", "minutes", "save_every", "log_every", "evaluate_every", "report_to")
+FREE = (
+    "micro_batch", "checkpointing", "minutes", "save_every", "log_every", "evaluate_every", "report_to", "resume"
+)  # fmt: skip
 """Settings a resumed run may change: they decide how it runs, not where it ends."""
 
 
@@ -46,6 +48,7 @@ class TrainSettings:
     save_every: int = 200  # steps; also at the end
     log_every: int = 10  # steps that one record averages
     evaluate_every: int = 100  # steps between losses on held-out text; also at the end
+    patience: int | None = None  # evaluations without a lower held-out loss until it stops; the best state is kept
     report_to: tuple[str, ...] = ()  # trackers, by transformers' names
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class TrainSettings:
             "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             "autocast": (self.autocast in ("fp32", "bf16"), "fp32, bf16"),
             "divergence": (self.divergence > 0, "above 0; inf = never stop"),
+            "patience": (self.patience is None or self.patience >= 1, "at least 1, or none"),
             "minutes": (self.minutes is None or self.minutes > 0, "above 0, or none"),
         }
         for name, (good, allowed) in checks.items():
@@ -73,6 +77,11 @@ class TrainSettings:
                 f"a divisor of {self.batch}",
                 "lower micro_batch until it divides batch",
             )
+
+    def decisive(self) -> dict[str, Any]:
+        """Settings that decide where a run ends."""
+        free = set(FREE) - ({"evaluate_every"} if self.patience else set())
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     def steps(self, block: int) -> int:
         """Steps that see at least `tokens` tokens in blocks of `block`."""

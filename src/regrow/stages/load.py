@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regrow.engines import checkpoint, provenance
+from regrow.engines import checkpoint, processes, provenance
 from regrow.engines.bind import Subject, bind
 from regrow.engines.hetero import PREFIX
 from regrow.errors import SettingsError, UnsupportedModel
@@ -68,4 +68,6 @@ def pick_device(name: str) -> str:
             raise SettingsError(
                 f"device {name!r} cannot be used: {why}", "auto, cpu, cuda, cuda:N, mps", "use --device auto"
             ) from error
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{processes.local()}" if processes.count() > 1 else "cuda"

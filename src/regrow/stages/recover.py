@@ -14,20 +14,23 @@ from typing import Any
 
 from torch import Tensor
 
-from regrow.artifacts.goal import DIVERGENCES
+from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.engines import checkpoint, masks, moving_masks
 from regrow.engines.adapters import add_adapters, merge, moved
 from regrow.engines.bind import Subject
 from regrow.engines.distil import FromTeacher, Teacher, check_teacher, checked_head
+from regrow.engines.match import Match, Matcher
+from regrow.engines.objective import Loss, Objective, next_token
 from regrow.engines.packed import Packed, as_packed
-from regrow.engines.train import Loss, TrainResult, next_token, train
+from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
+from regrow.engines.trained import Shapes, cut_and_norms, only
 from regrow.settings import Recover
 
 Progress = Callable[[int, int, str], None]
 
 FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them, ast moves them"
-WHOLE = ("full", "ast")  # methods that train all weights
+WHOLE = ("full", "ast", "cut")  # methods that train weights themselves
 FEW = 0.01  # of the weights under adapters; fewer that change were hardly worth the training
 
 
@@ -57,11 +60,11 @@ def recover(
     """
     model: Any = subject.model
     device, dtype = model.device, model.dtype
-    goal: Loss = next_token
+    goal: Loss | Objective = next_token
     if teacher is not None:
         check_teacher(model.config, teacher.model.config, subject.tokenizer, teacher.tokenizer)
         checked_head(model, "student")
-        goal = FromTeacher(teacher.model, DIVERGENCES.get(settings.loss))
+        goal = learning_from(teacher.model, model, settings)
     empty, numbers = masks.masks_of(model, subject.anatomy), as_train(settings, seed)
     text = as_packed(blocks)
     zeros = _while_training(model, empty, settings.method, numbers.steps(text.ids.shape[1]))
@@ -70,8 +73,11 @@ def recover(
         kind, alpha = settings.method.removesuffix("-masked"), settings.alpha
         assert alpha is not None  # twice the rank where none was named
         model = add_adapters(model, kind, rank=settings.rank, alpha=alpha, dropout=settings.dropout or 0.0, seed=seed)
-    with zeros:
-        result = train(model, text, numbers, folder=folder, loss=goal, heldout=heldout, progress=progress)
+    chosen = cut_and_norms(model, _before(subject, teacher)) if settings.method == "cut" else None
+    with zeros, only(model, chosen):
+        result = train(
+            model, text, numbers, folder=folder, loss=goal, heldout=heldout, resume=settings.resume, progress=progress
+        )
     notes = _little(moved(model, subject.store), subject) if adapted else ()
     subject.model = merge(model) if adapted else model.eval()
     if empty is not None:
@@ -81,6 +87,23 @@ def recover(
     if settings.method == "ast" and empty is not None:
         notes = _elsewhere(subject.model, empty)
     return Recovered(result, notes)
+
+
+def _before(subject: Subject, teacher: Teacher | Subject | None) -> Shapes:
+    """Shapes of the model before it was cut: its teacher's, or what the run began with."""
+    if teacher is not None:
+        return {name: tuple(weight.shape) for name, weight in teacher.model.named_parameters()}
+    return {tensor.name: tensor.shape for tensor in subject.anatomy.tensors}
+
+
+def learning_from(teacher: Any, student: Any, settings: Recover) -> Objective:
+    """What a student lowers: a divergence from the teacher, the text beside it, likeness of states."""
+    asked, matcher = settings.distil, None
+    if asked.states:
+        match = Match(LIKENESSES.get(asked.likeness), asked.states, asked.weight, asked.likeness_options)
+        matcher = Matcher(match, student, teacher)
+    loss = DIVERGENCES.get(settings.loss)
+    return FromTeacher(teacher, loss, asked.options, text=asked.text, matcher=matcher).objective
 
 
 def _while_training(model: Any, empty: masks.Masks | None, method: str, steps: int) -> AbstractContextManager[None]:
@@ -133,5 +156,12 @@ def as_train(settings: Recover, seed: int) -> TrainSettings:
         micro_batch=min(settings.micro_batch, settings.batch),
         checkpointing=settings.checkpointing,
         seed=seed,
+        floor=settings.floor,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+        autocast=settings.autocast,
+        patience=settings.patience,
+        report_to=settings.report_to,
+        evaluate_every=max(1, (settings.evaluate_every or settings.tokens // 20) // (settings.batch * settings.block)),
         save_every=max(25, settings.tokens // (settings.batch * settings.block) // 10),
     )

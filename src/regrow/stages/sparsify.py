@@ -5,7 +5,6 @@ What this gives up: speed and size; zeros in a dense checkpoint cost what other 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from regrow.artifacts.linear import SOLVERS, Solver
+from regrow.artifacts.options import check_values
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.share import ZERO_SPREADS, share
@@ -79,7 +79,7 @@ def choose(settings: Sparsify) -> Method:
                 "leave it out, or correct its name",
             )
     for solver in solvers:
-        _check_values(solver, settings.options)
+        check_values(f"solver {solver.name!r}", solver.options, settings.options, positive=solver.positive)
     if settings.keep_statistics and settings.also:
         raise SettingsError(
             f"keep_statistics with also = {', '.join(settings.also)}",
@@ -126,22 +126,6 @@ def _chain(
             )
         before = (solver, own)
         yield before
-
-
-def _check_values(solver: Solver, options: Mapping[str, Any]) -> None:
-    """Raise `SettingsError` for a value that is of another kind than the option's default."""
-    for name, default in solver.options.items():
-        kind = type(default)
-        value = options.get(name, default)
-        wanted = (int, float) if kind is float else (kind,)
-        fits = isinstance(value, wanted) and isinstance(value, bool) == (kind is bool) and 0 <= value < math.inf
-        least = "more than 0" if name in solver.positive else "0 or more"
-        if not fits or (name in solver.positive and not value):
-            raise SettingsError(
-                f"option {name}={value!r} of solver {solver.name!r}",
-                {bool: "true or false", int: f"a whole number, {least}"}.get(kind, f"a number, {least}"),
-                "correct the value",
-            )
 
 
 def _named(name: str) -> tuple[WeightCriterion, tuple[Solver, ...]]:

@@ -1,0 +1,140 @@
+"""Keeps the record of a training, and stops one that has gone wrong before it can spoil weights or checkpoints.
+
+What this gives up: more than the newest checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from regrow.engines.loop import Loop
+from regrow.engines.resume import mark_complete, newest
+from regrow.errors import BrokenModel
+
+Progress = Callable[[int, int, str], None]
+"""(tokens done, tokens in all, note), called after every step."""
+
+TRACK = "train.jsonl"
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Keeps the record, and stops a run that has gone wrong before it can spoil weights or checkpoints."""
+
+    def __init__(self, trainer: Loop, progress: Progress | None) -> None:
+        self.trainer, self.progress, self.settings = trainer, progress, trainer.settings
+        self.track = Path(trainer.args.output_dir, TRACK)
+        self.records: list[dict[str, float]] = []
+        self.since: list[dict[str, float]] = []  # steps since the last record
+        self.rate = 0.0
+        self.stopped: str | None = None
+        self.began = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """A resumed run takes back the record of its checkpoint and forgets what came after."""
+        self.records = [{k: v for k, v in x.items() if k != "epoch"} for x in state.log_history if "tokens" in x]
+        if state.is_world_process_zero:
+            self.track.write_text("".join(map(_line, self.records)), encoding="utf-8")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:  # noqa: ARG002
+        means = self.trainer.step_means()
+        self.since.append(means)
+        self.trainer.average_beside()
+        self.rate = optimizer.param_groups[0]["lr"]
+        if not math.isfinite(means["loss"]):
+            raise self._broken(state.global_step, f"the loss is {means['loss']}")
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not math.isfinite(getattr(norm, "full_tensor", lambda: norm)()):
+            raise self._broken(state.global_step, "a gradient is not finite")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """The trainer clears the gradients of the model alone."""
+        if self.trainer.beside is not None:
+            self.trainer.beside.zero_grad()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        step, settings = state.global_step, self.settings
+        if step < state.max_steps and self._late():
+            control.should_training_stop = control.should_save = True
+            self.stopped = f"{settings.minutes:g} minutes were up after step {step} of {state.max_steps}"
+        evaluate = self.trainer.heldout is not None and (
+            step % settings.evaluate_every == 0 or control.should_training_stop
+        )
+        if step % settings.log_every == 0 or control.should_save or evaluate:
+            self._record(step, evaluate, state.is_world_process_zero)
+        if evaluate and settings.patience is not None:
+            self._judge(state, control)
+        if self.progress is not None and state.is_world_process_zero:
+            each = settings.batch * self.trainer.block
+            loss = self.since[-1]["loss"] if self.since else self.records[-1]["loss"]
+            self.progress(step * each, state.max_steps * each, f"loss {loss:.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            self.trainer.save_beside(checkpoint)
+            mark_complete(checkpoint)
+
+    def _judge(self, state: Any, control: Any) -> None:
+        """Keeps the state with the lowest held-out loss, and stops when it has not been beaten for long enough."""
+        assert self.settings.patience is not None
+        held = [record["heldout_loss"] for record in self.records if "heldout_loss" in record]
+        best = held.index(min(held))
+        waited = len(held) - 1 - best
+        if not waited:
+            state.best_global_step, state.best_metric = state.global_step, held[best]
+            control.should_save = True
+        elif waited >= self.settings.patience and state.global_step < state.max_steps:
+            control.should_training_stop = control.should_save = True
+            self.stopped = (
+                f"held-out loss was lowest ({held[best]:.3f}) after step {state.best_global_step}, "
+                f"and not in {waited} evaluations since"
+            )
+
+    def _late(self) -> bool:
+        """All processes must stop in the same step, so the first whose time is up decides for all."""
+        if self.settings.minutes is None:
+            return False
+        late = time.perf_counter() - self.began > self.settings.minutes * 60
+        accelerator = self.trainer.accelerator
+        return bool(accelerator.gather(torch.tensor(late, device=accelerator.device)).any())
+
+    def _record(self, step: int, evaluate: bool, write: bool) -> None:
+        record: dict[str, float] = {"step": step, "tokens": step * self.settings.batch * self.trainer.block}
+        for name in self.since[-1]:
+            record[name] = sum(means[name] for means in self.since) / len(self.since)
+        record["learning_rate"] = self.rate
+        lowest = min((x["loss"] for x in self.records), default=math.inf)
+        if record["loss"] > lowest + self.settings.divergence:
+            raise self._broken(step - 1, f"the loss rose from {lowest:.3f} to {record['loss']:.3f}")
+        if evaluate:
+            record["heldout_loss"] = self.trainer.heldout_loss()
+        self.since = []
+        self.records.append(record)
+        self.trainer.log(dict(record))
+        if write:
+            with self.track.open("a") as file:
+                file.write(_line(record))
+
+    def _broken(self, done: int, what: str) -> BrokenModel:
+        good = newest(self.track.parent)
+        tokens = (done + 1) * self.settings.batch * self.trainer.block
+        return BrokenModel(
+            f"training broke in step {done + 1} of {self.trainer.args.max_steps} ({tokens:,} tokens): {what}",
+            f"finite losses at most {self.settings.divergence:g} nats above the lowest so far",
+            (f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet")
+            + "; lower learning_rate or lengthen warmup",
+        )
+
+
+def _line(record: Mapping[str, float]) -> str:
+    return json.dumps(record, sort_keys=True) + "\n"

@@ -1,0 +1,66 @@
+"""One recovery by two processes: the first measures and writes, and the weights are those of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from prompt import Command
+from safetensors.torch import load_file
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ACCELERATE = ("accelerate.commands.launch", "--num_processes=2", "--cpu", "--mixed_precision=no", "--num_machines=1",
+              "--dynamo_backend=no")  # fmt: skip
+SHORT = ("--adapter", "full", "--learning-rate", 1e-3, "--tokens", 1024, "--text", "none", "--set", "recover.block=64",
+         "--set", "recover.batch=4", "--set", "recover.micro_batch=2", "--set", "evaluate.samples=[]")  # fmt: skip
+
+
+def narrow(regrow: Command, model: Path, out: Path) -> Path:
+    done = regrow("prune", model, "--keep", "80%", "--axes", "neuron,channel", "--uniform", "--criterion", "magnitude",
+                  "--divisors", "neuron=8,channel=16", "--text", "none", "--out", out, "--quiet")  # fmt: skip
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_leave_what_one_leaves(
+    regrow: Command, sprout_dir: Path, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    """A teacher with other widths, states compared through a projection, which is averaged over processes too."""
+    cut = narrow(regrow, sprout_dir, tmp_path / "cut")
+    states = ("--set", "recover.distil.states=[0,1]")
+    asked = ["recover", cut, "--teacher", sprout_dir, "--loss", "forward_kl", *states, *SHORT]
+    two, one = tmp_path / "two", tmp_path / "one"
+    command = [sys.executable, "-m", *launcher, "-m", "regrow", *asked, "--out", two, "--json"]
+    own = {**os.environ, "REGROW_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=400, check=False, env=own)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    assert json.loads(line)["out"] == str(two), "the first process alone speaks"
+    alone = regrow(*asked, "--out", one)
+    assert alone.code == 0, alone.err
+    ours, theirs = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    before = load_file(cut / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert any(not torch.equal(ours[name], before[name]) for name in ours), "it learnt something"
+    for name, value in ours.items():
+        assert torch.allclose(value.float(), theirs[name].float(), atol=1e-5), name
+    losses = [json.loads((folder / "report.json").read_text())["training"] for folder in (one, two)]
+    assert [x["loss"] for x in losses[0]] == pytest.approx([x["loss"] for x in losses[1]], abs=1e-5)
+
+
+def test_a_device_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never run on GPUs here: what would be asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    from regrow.stages.load import pick_device
+
+    assert pick_device("auto") == "cuda:1"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert pick_device("auto") == "cuda"
