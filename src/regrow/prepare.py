@@ -21,6 +21,7 @@ from regrow.engines import checkpoint, masks, moving_masks, provenance, spp_forw
 from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
+from regrow.engines.match import check_depths
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, is_rows, shared
 from regrow.errors import RegrowWarning, SettingsError, TextError
@@ -159,9 +160,14 @@ def check_spp(subject: Subject, recipe: Recipe) -> None:
 
 
 def check_planned(subject: Subject, plan: Plan, recipe: Recipe) -> None:
-    """Refuse a rank of SPP that does not divide the outputs which a cut leaves. Raises `SettingsError`."""
+    """Refuse a rank of SPP that does not divide the outputs which a cut leaves, and places of states in layers which it
+    does not. Raises `SettingsError`."""
     asked = recipe.recover
-    if asked is None or not asked.tokens or asked.method != "spp":
+    if asked is None or not asked.tokens:
+        return
+    if asked.teacher is not None:
+        check_depths(LIKENESSES.get(asked.distil.likeness), asked.distil.states, len(plan.layers))
+    if asked.method != "spp":
         return
     shape, names = plan.shape(), set(zeros.prunable(subject.anatomy))
     layers = {units.index: left for units, left in zip(plan.layers, shape.layers, strict=True)}
@@ -185,6 +191,12 @@ def check_tongue(subject: Subject, recipe: Recipe) -> None:
     checkpoint.check_files(folder)
     tokenizer = checkpoint.read_tokenizer(folder, config, trust_remote_code=trust)
     check_teacher(subject.model.config, config, subject.tokenizer, tokenizer)
+    check_depths(
+        LIKENESSES.get(asked.distil.likeness),
+        asked.distil.states,
+        subject.anatomy.sizes["L"],
+        getattr(config, "num_hidden_layers", subject.anatomy.sizes["L"]),
+    )
     changes = recipe.keep is not None or recipe.sparsify is not None
     if not changes and provenance.fingerprint(folder) == subject.source["fingerprint"]:
         raise SettingsError(
@@ -192,6 +204,10 @@ def check_tongue(subject: Subject, recipe: Recipe) -> None:
             "the model it was made from, or another with the same tokenizer",
             "name the teacher; `base` is known only of folders that regrow wrote",
         )
+    size, own = checkpoint.count(folder), subject.model.num_parameters()
+    if recipe.keep is None and size < own:
+        what = f"teacher {asked.teacher} has {size:,} parameters and the student {own:,}"
+        warnings.warn(f"{what}: little is learnt from one that knows less", RegrowWarning, stacklevel=2)
 
 
 def check_zeros(subject: Subject, recipe: Recipe) -> None:

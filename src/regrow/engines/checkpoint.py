@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -118,6 +119,15 @@ def weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     whole = (folder / "model.safetensors").exists() or not index.exists()
     return ["model.safetensors"] if whole else sorted(set(read_json(index)["weight_map"].values()))
+
+
+def count(folder: Path) -> int:
+    """Numbers in the weight files of a folder."""
+    total = 0
+    for name in weight_files(folder):
+        with safe_open(folder / name, "pt") as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total
 
 
 def check_files(folder: Path) -> torch.dtype:

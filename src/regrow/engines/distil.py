@@ -160,16 +160,17 @@ def check_teacher(student: Any, teacher: Any, ours: Any, theirs: Any) -> None:
     if why is not None:
         raise SettingsError(
             f"a teacher whose tokens are others ({why})",
-            "a teacher with the student's tokenizer and as many rows of embedding, such as the model it was cut from",
+            "the student's tokenizer and a row of the embedding for each token, as the model has that it was cut from",
             "choose another teacher, or train without one",
         )
 
 
 def _difference(student: Any, teacher: Any, ours: Any, theirs: Any) -> str | None:
     """The first thing that sets two tokenizers apart: sizes, ids of tokens, special tokens, how text is cut."""
-    if student.vocab_size != teacher.vocab_size:
-        return f"embeddings of {teacher.vocab_size:,} rows there and {student.vocab_size:,} here"
     here, there = ours.get_vocab(), theirs.get_vocab()
+    most = max(here.values(), default=0)  # rows behind the last token only pad
+    if student.vocab_size != teacher.vocab_size and min(student.vocab_size, teacher.vocab_size) <= most:
+        return f"embeddings of {teacher.vocab_size:,} rows there and {student.vocab_size:,} here"
     odd = min(here.items() ^ there.items(), default=None)
     if odd is not None:
         return f"token {odd[0]!r} is {there.get(odd[0], 'none')} there and {here.get(odd[0], 'none')} here"

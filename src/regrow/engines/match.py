@@ -6,7 +6,7 @@ serves all of them and is thrown away after the training. What this gives up: la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,16 +70,8 @@ class Matcher(nn.Module):
 
 def check_places(match: Match, student: Any, teacher: Any) -> None:
     """Raise `SettingsError` for a place that one of the models does not have, `UnsupportedModel` for other layouts."""
-    attention = match.likeness.of == "attention"
-    least = min(len(blocks_of(model)) for model in (student, teacher))
-    for place in match.places:
-        if not attention <= place <= least:
-            raise SettingsError(
-                f"states at place {place}",
-                f"{'1' if attention else '0 (what the first block receives), or 1'} (the last block) to {least}",
-                "name places that both models have",
-            )
-    if attention:
+    check_depths(match.likeness, match.places, *(len(blocks_of(model)) for model in (student, teacher)))
+    if match.likeness.of == "attention":
         for model in (student, teacher):
             for path in QKV:
                 if not isinstance(_at(blocks_of(model)[-1], path), nn.Module):
@@ -88,6 +80,18 @@ def check_places(match: Match, student: Any, teacher: Any) -> None:
                         "queries, keys and values as three linears",
                         "compare states by cosine or mse instead",
                     )
+
+
+def check_depths(likeness: Likeness, places: Sequence[int], *depths: int) -> None:
+    """Raise `SettingsError` for a place that a model of one of these `depths` does not have."""
+    attention, least = likeness.of == "attention", min(depths)
+    for place in places:
+        if not attention <= place <= least:
+            raise SettingsError(
+                f"states at place {place}",
+                f"{'1' if attention else '0 (what the first block receives), or 1'} (the last block) to {least}",
+                "name places that both models have",
+            )
 
 
 def blocks_of(model: Any) -> nn.ModuleList:

@@ -78,6 +78,7 @@ def recover(
         result = train(
             model, text, numbers, folder=folder, loss=goal, heldout=heldout, resume=settings.resume, progress=progress
         )
+    stopped = (f"recovery: {result.stopped}",) if result.stopped else ()
     notes = _little(moved(model, subject.store), subject) if adapted else ()
     subject.model = merge(model) if adapted else model.eval()
     if empty is not None:
@@ -86,7 +87,7 @@ def recover(
     subject.model.to(device=device, dtype=dtype)  # the trainer moves models, and adapters are merged in fp32
     if settings.method == "ast" and empty is not None:
         notes = _elsewhere(subject.model, empty)
-    return Recovered(result, notes)
+    return Recovered(result, (*stopped, *notes))
 
 
 def _before(subject: Subject, teacher: Teacher | Subject | None) -> Shapes:
