@@ -131,22 +131,18 @@ class _Pieces(torch.autograd.Function):
             torch.zeros_like(t, dtype=torch.float32) if t is not None and need else None
             for t, need in zip(given, ctx.needs_input_grad[:3], strict=True)
         ]
+        learns = any(held is not None for held in sums)
         total = torch.zeros((), device=states.device)
         step = max(1, NUMBERS // len(weight))
         for start in range(0, len(states), step):
             piece = slice(start, start + step)
-            leaves = [None if t is None else t.detach() for t in (states[piece], weight, bias)]
-            wanted = [t.requires_grad_() for t, s in zip(leaves, sums, strict=True) if t is not None and s is not None]
-            with torch.set_grad_enabled(bool(wanted)):
-                part, w, b = leaves
-                assert part is not None
-                assert w is not None
-                loss = (measure(shape(linear(part, w, b)).float(), piece) * shares[piece]).sum()
+            logits = linear(states[piece], weight, bias).requires_grad_(learns)  # (p, V)
+            with torch.set_grad_enabled(learns):
+                loss = (measure(shape(logits).float(), piece) * shares[piece]).sum()
             total += loss.detach()
-            grads = iter(torch.autograd.grad(loss, wanted) if wanted else ())
-            for place, held in enumerate(sums):
-                if held is not None:
-                    (held[piece] if place == 0 else held).add_(next(grads))
+            if learns:
+                (slope,) = torch.autograd.grad(loss, [logits])  # (p, V)
+                _add(sums, piece, slope, states[piece], weight)
         ctx.grads = [None if s is None or t is None else s.to(t.dtype) for s, t in zip(sums, given, strict=True)]
         return total
 
@@ -154,3 +150,17 @@ class _Pieces(torch.autograd.Function):
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         return (*(None if grad is None else grad.mul_(above[0]) for grad in grads), None, None, None)
+
+
+def _add(sums: list[Tensor | None], piece: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
+    """What a piece's logits owe to states (p, C), weight (V, C) and bias, from the `slope` (p, V) of its loss."""
+    to_states, to_weight, to_bias = sums
+    if to_states is not None:
+        to_states[piece] = slope @ weight
+    if to_weight is not None:
+        if slope.dtype == to_weight.dtype:
+            to_weight.addmm_(slope.T, states)  # a gradient as large as the head is not made for every piece
+        else:
+            to_weight += slope.T @ states
+    if to_bias is not None:
+        to_bias += slope.sum(0)
