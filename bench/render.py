@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import render_distil
 import render_sparse
 from render_sparse import spread_of, table
 
@@ -189,6 +190,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "products": ("Faster products of fp32 matrices", libraries),
     "startup": ("Start-up and demo", startup),
     **render_sparse.SECTIONS,
+    **render_distil.SECTIONS,
 }
 
 
