@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from regrow.artifacts.report import Measure, Report
 
 Progress = Callable[[str, int, int], None]
+EVERY = 60  # seconds between two lines of a task in a log file
 
 
 def emit(data: Mapping[str, Any]) -> None:
@@ -60,16 +61,23 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
 
 
 def lines() -> Progress:
-    """For a log file: a line when a task begins and when it ends."""
-    began: dict[str, float] = {}
+    """For a log file: a line when a task begins, when it ends, and about once a minute with the time that is left."""
+    began: dict[str, tuple[float, int]] = {}  # when it was first heard of, and what was done by then
+    said: dict[str, float] = {}
 
     def say(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
         if what not in began:
-            began[what] = time.monotonic()
+            began[what], said[what] = (now, done), now
             print(f"{what}: {total} to do", file=sys.stderr, flush=True)
-        if done >= total and what in began:
-            seconds = time.monotonic() - began.pop(what)
-            print(f"{what}: {done} done in {seconds:.0f} s", file=sys.stderr, flush=True)
+        start, before = began[what]
+        if done >= total:
+            del began[what]
+            print(f"{what}: {done} done in {now - start:.0f} s", file=sys.stderr, flush=True)
+        elif now - said[what] >= EVERY and done > before:
+            said[what] = now
+            left = (now - start) * (total - done) / (done - before)
+            print(f"{what}: {done} of {total}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
     return say
 
