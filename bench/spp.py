@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from answering import TASKS, answered
 from cutting import calibration
 from ledger import Job, Ledger
 from regrow.artifacts.goal import DIVERGENCES
@@ -34,7 +35,6 @@ from regrow.engines.checkpoint import round_to
 from regrow.engines.distil import FromTeacher
 from regrow.engines.objective import next_token
 from regrow.engines.perplexity import block_losses
-from regrow.engines.tasks import answer_tasks
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks, text_blocks
 from regrow.engines.train import train
@@ -51,7 +51,6 @@ TRIAL, SHORT, LONG, LONGEST = (steps * STEP for steps in (49, 98, 196, 392))
 RATES = (1e-4, 1e-3, 1e-2)
 ARMS = {"spp": "spp", "lora-masked": "lora", "hira": "hira", "ia3": "ia3", "full": None}
 STARTS = {"2:4": LONG, "75%": SHORT}
-TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "rte", "winogrande")
 ITEMS = 500
 RIVAL = "best rival"
 
@@ -247,13 +246,7 @@ class Bench:
 
         def ask() -> dict[str, Any]:
             subject = kept(name) if " at " in name else started(name.removesuffix(" start"))
-            items = answer_tasks(subject.model, subject.tokenizer, [task], limit=ITEMS)[task]
-            return {
-                "correct": "".join("01"[right] for right in items.correct),
-                "gold_bits": [round(bits, 3) for bits in items.gold_bits],
-                "gold_bytes": items.gold_bytes,
-                "chance": sum(1 / n for n in items.choices) / len(items.choices),
-            }
+            return answered(subject, task, limit=ITEMS)
 
         self.ledger.row(f"{name}: {task}", ask)
 
