@@ -7,8 +7,9 @@ from typing import Any
 
 from regrow.artifacts.report import Report
 from regrow.cli.finish import pages
+from regrow.kept import Progress
 from regrow.recipe_files import find_recipe, overlay, read_recipe
-from regrow.run import Progress, run
+from regrow.run import run
 from regrow.settings import SPARSE_CALIBRATION, Recover, Sparsify, parse
 
 

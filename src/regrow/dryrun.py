@@ -49,13 +49,17 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
     anatomy = bind(config)
     anatomy = replace(anatomy, store_bytes=min(anatomy.store_bytes, as_dtype(recipe.dtype).itemsize))
     wish = check_words(recipe)
+    if wish is not None and recipe.search is not None:
+        wish = replace(wish, uniform=True)
     if recipe.sparsify is not None:
         sparsify.check_shapes(anatomy, recipe.sparsify)
     plan, guessed = (Plan.everything(anatomy), False) if wish is None else foretold_plan(anatomy, wish)
     shape, asked = plan.shape(), measuring(recipe.evaluate)
     speed = gflops or machine_gflops()
     notes = ["minutes are rough: FLOPs over a measured speed, one device", *asked.notes]
-    if guessed:
+    if recipe.search is not None:
+        notes.append("shape: as if every axis lost the same; the search decides")
+    elif guessed:
         notes.append(f"shape: as if every layer lost the same; spread {recipe.spread} decides by scores")
     return {
         "shape": shape.to_json(),
@@ -131,11 +135,12 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
     answers = task_logits(recipe.evaluate, anatomy)
     logits = 4 * 3 * anatomy.sizes["V"]  # logits, log-probabilities and their gradient, fp32, a token
     before = _row("measure before", measured, dense.flops_per_token, 4 * dense.parameters + answers, gflops)
-    if recipe.keep is None:
+    if not recipe.cuts:
         rows = [before, *sparse_rows(recipe, anatomy, dense, gflops)]
     else:
         rows = [*cut_rows(recipe, anatomy, dense, cut, gflops)]
         rows.insert(1, before)
+        rows[2:2] = search_rows(recipe, dense, cut, gflops)
     if trained is not None and trained.tokens:
         held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
         flops, made = 3 * cut.flops_per_token, trained.micro_batch * trained.block * logits
@@ -163,6 +168,20 @@ def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops:
         ),
         _row("cut and write", 0, 0, 4 * dense.parameters + anatomy.store_bytes * cut.parameters, gflops),
     ]
+
+
+def search_rows(recipe: Recipe, dense: Costs, cut: Costs, gflops: float) -> list[dict[str, Any]]:
+    """What candidates are scored and trained on, at most; the intact model stays in memory, as their teacher too."""
+    asked = recipe.search
+    if asked is None:
+        return []
+    both = 4 * (dense.parameters + cut.parameters)
+    rows = [_row("score shapes", asked.candidates * asked.tokens, cut.flops_per_token, both, gflops)]
+    if asked.rank_tokens:
+        held = 4 * dense.parameters + round(4 * TRAIN_COPIES["full"] * cut.parameters) + 4 * PIECES * head.NUMBERS
+        flops = 3 * cut.flops_per_token + dense.flops_per_token
+        rows.append(_row("train the best", asked.top * asked.rank_tokens, flops, held, gflops))
+    return rows
 
 
 def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from regrow.artifacts.ask import SPREADS
-from regrow.artifacts.budget import Budget
+from regrow.artifacts.budget import Budget, Latency
 from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.artifacts.pattern import Pattern
@@ -17,7 +17,7 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import gone, tensor_size
 from regrow.artifacts.share import ZERO_SPREADS
 from regrow.artifacts.sparsity import Sparsity
-from regrow.engines import checkpoint, masks, moving_masks, provenance, spp_forward, tokens, zeros
+from regrow.engines import checkpoint, masks, moving_masks, processes, provenance, spp_forward, tokens, zeros
 from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
@@ -37,12 +37,13 @@ HELDOUT_TOKENS = 4096  # that the curve of a recovery is measured on
 
 def check_words(recipe: Recipe) -> Wish | None:
     """Refuse names, patterns and budgets that cannot be, reading no file. Raises `InputError`; returns as `check`."""
-    if recipe.keep is not None and recipe.sparsify is not None:
+    if recipe.cuts and recipe.sparsify is not None:
         raise SettingsError(
             f"keep = {recipe.keep} and sparsify in one run",
             "one of them; a cut of uniform widths can be made sparse afterwards",
             "cut first, then `regrow sparsify` the folder",
         )
+    check_asked_shape(recipe)
     wish = as_wish(recipe)
     SPREADS.get(recipe.spread)
     if recipe.sparsify is not None:
@@ -69,11 +70,34 @@ def check_words(recipe: Recipe) -> Wish | None:
     return wish
 
 
+def check_asked_shape(recipe: Recipe) -> None:
+    """Refuse two ways at once to say what is to be left. Raises `SettingsError`, `BudgetError`."""
+    if recipe.shape and recipe.keep is not None:
+        raise SettingsError(f"shape and keep = {recipe.keep}", "one of them", "leave keep out: the shape says all")
+    asked = recipe.search
+    if asked is None:
+        return
+    if recipe.keep is None:
+        raise SettingsError(
+            "a search without a budget", "keep, such as 80% or 113M, and no shape", "say what the shapes must fit into"
+        )
+    for text in asked.also:
+        Budget.parse(text)
+    if asked.latency is not None:
+        Latency.parse(asked.latency)
+    if processes.count() > 1:
+        raise SettingsError(
+            f"a search in {processes.count()} processes that train as one",
+            "processes that share its study: each is a command of its own",
+            "search with `regrow search` and as many `regrow search --worker` as you like, then recover the folder",
+        )
+
+
 def check(recipe: Recipe) -> Wish | None:
     """Refuse what can be refused before a model is read. Raises `InputError`; returns what is asked of the planner."""
-    if recipe.keep is None and recipe.sparsify is None and not (recipe.recover and recipe.recover.tokens):
-        raise SettingsError("a run that changes nothing", "keep, sparsify or recover", "say what is to be done")
     wish = check_words(recipe)
+    if not recipe.cuts and recipe.sparsify is None and not (recipe.recover and recipe.recover.tokens):
+        raise SettingsError("a run that changes nothing", "keep, sparsify or recover", "say what is to be done")
     if calibrates(recipe):
         documents(recipe.calibration.text, "calibration")
     check_asked(recipe.evaluate)
@@ -139,7 +163,7 @@ def with_method(recipe: Recipe, zeros: Sparsity | None) -> Recipe:
     sparse = (zeros is not None and zeros.sparse) or recipe.sparsify is not None
     if asked is None or not sparse or "method" in asked.model_fields_set:
         return recipe
-    keeps = KEEPS if recipe.keep is None else KEEPS_CUT
+    keeps = KEEPS_CUT if recipe.cuts else KEEPS
     named = Recover.model_validate({**asked.model_dump(exclude_unset=True), "method": keeps})
     return recipe.model_copy(update={"recover": named})
 
@@ -197,7 +221,7 @@ def check_tongue(subject: Subject, recipe: Recipe) -> None:
         subject.anatomy.sizes["L"],
         getattr(config, "num_hidden_layers", subject.anatomy.sizes["L"]),
     )
-    changes = recipe.keep is not None or recipe.sparsify is not None
+    changes = recipe.cuts or recipe.sparsify is not None
     if not changes and provenance.fingerprint(folder) == subject.source["fingerprint"]:
         raise SettingsError(
             f"teacher {asked.teacher}, which is the model itself: there is nothing to learn from it",
@@ -205,7 +229,7 @@ def check_tongue(subject: Subject, recipe: Recipe) -> None:
             "name the teacher; `base` is known only of folders that regrow wrote",
         )
     size, own = checkpoint.count(folder), subject.model.num_parameters()
-    if recipe.keep is None and size < own:
+    if not recipe.cuts and size < own:
         what = f"teacher {asked.teacher} has {size:,} parameters and the student {own:,}"
         warnings.warn(f"{what}: little is learnt from one that knows less", RegrowWarning, stacklevel=2)
 
@@ -267,17 +291,18 @@ def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, s
 
 def calibrates(recipe: Recipe) -> bool:
     """Whether any stage reads the calibration text."""
-    scores = recipe.keep is not None and reads_text(chosen_criteria(recipe))
+    scores = recipe.cuts and reads_text(chosen_criteria(recipe))
     return scores or (recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify))
 
 
 def as_wish(recipe: Recipe) -> Wish | None:
     """What a recipe asks of the planner; None when no unit is to go."""
-    if recipe.keep is None:
+    if not recipe.cuts:
         return None
     return Wish(
-        budget=Budget.parse(recipe.keep),
+        budget=Budget.parse(recipe.keep or "100%"),
         axes=recipe.axes,
+        widths=recipe.shape or None,
         split=recipe.split,
         spread=recipe.spread,
         uniform=recipe.uniform,

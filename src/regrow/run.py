@@ -23,23 +23,24 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Measure, Report
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import loss_by_axis
+from regrow.artifacts.space import said as said_widths
 from regrow.artifacts.sparsity import Sparsity
-from regrow.engines import checkpoint, processes, products, tokens
+from regrow.engines import checkpoint, processes, products
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
 from regrow.engines.distil import Teacher
 from regrow.engines.hetero import Holder, holder
-from regrow.engines.readings import Readings
 from regrow.engines.resume import weights_fingerprint
-from regrow.engines.texts import documents, fingerprint, unanswered
+from regrow.engines.texts import fingerprint, unanswered
 from regrow.engines.train_settings import FREE
-from regrow.errors import RegrowWarning
+from regrow.errors import RegrowWarning, SettingsError
+from regrow.kept import Progress, calibration, read_by, scored, statistics
 from regrow.prepare import (
+    as_wish,
     calibrates,
     check,
     check_planned,
     check_subject,
-    chosen_criteria,
     recovery_parts,
     recovery_text,
     settled,
@@ -47,6 +48,7 @@ from regrow.prepare import (
 )
 from regrow.recipe_files import dump
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
+from regrow.search import Chosen, check_search, fitted, search
 from regrow.settings import Calibration, Recipe
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
@@ -55,9 +57,7 @@ from regrow.stages.export import export
 from regrow.stages.load import load, read_model
 from regrow.stages.plan import Wish, make_plan, unprotected
 from regrow.stages.recover import Recovered, recover, warning
-from regrow.stages.score import reads_text, score
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 Page = Callable[[Report, Plan | None, Scores | None, str], Mapping[str, str]]  # files to lie beside the model
 
 
@@ -81,24 +81,18 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
 
     Of several processes all train, and the first does the rest.
     """
-    recipe = settled(recipe)
-    wish, clock = check(recipe), _Clock()
+    recipe, clock = settled(recipe), _Clock()
+    check(recipe)
     if processes.first():
         checkpoint.check_out(out)
-    with clock.stage("load"):
-        subject = load(
-            recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
-        )
-    zeros = zeros_of(subject, recipe, always=wish is None)
-    recipe = with_method(recipe, zeros)
-    check_subject(subject, recipe, wish)
-    plan, scores = _planned(subject, recipe, wish, clock, progress)
+    subject, recipe, wish, zeros = _ready(recipe, clock)
+    plan, scores, chosen = _planned(subject, recipe, wish, clock, progress)
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress) if processes.first() else ({}, [])
     done = _Done(holder(subject.model.config, subject.anatomy, plan))
     if wish is not None:
         with clock.stage("apply"):
-            done = _cut(subject, plan, wish)
+            done = _cut(subject, plan, wish, chosen)
     if recipe.sparsify is not None:
         with clock.stage("sparsify") as record:
             done = _sparse(subject, recipe, done.holder, record, progress)
@@ -127,6 +121,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         notes=(*_known(subject), *done.notes, *uneven(before, after)),
         stages=clock.stages,
         training=training,
+        search=None if chosen is None else chosen.record,
         sparsity=by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
     )
     files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.papers(kept)}
@@ -138,6 +133,31 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     return report
 
 
+def _ready(recipe: Recipe, clock: _Clock) -> tuple[Subject, Recipe, Wish | None, Sparsity | None]:
+    """The model, what is asked of it, and the zeros it has; all is refused here that only a model can tell."""
+    with clock.stage("load"):
+        subject = load(
+            recipe.model, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+        )
+    zeros = zeros_of(subject, recipe, always=not recipe.cuts)
+    recipe = with_method(fitted(recipe, subject.anatomy), zeros)
+    wish = as_wish(recipe)
+    check_subject(subject, recipe, wish)
+    check_search(subject, recipe)
+    return subject, recipe, wish, zeros
+
+
+@products.faster()
+def help_search(recipe: Recipe, *, progress: Progress | None = None) -> Chosen:
+    """Work along with other processes or machines that search the same, to the end; writes nothing but their study."""
+    recipe = settled(recipe)
+    check(recipe)
+    subject, recipe, wish, _ = _ready(recipe, _Clock())
+    if recipe.search is None or wish is None:
+        raise SettingsError("a worker of a run that does not search", "a recipe with search", "name one, as minitron")
+    return search(subject, recipe, scored(subject, recipe, {}, progress), wish, {}, progress)
+
+
 def _by_the_first(out: Path) -> Report:
     """What the first of several processes has written, once it has."""
     processes.wait()
@@ -146,16 +166,22 @@ def _by_the_first(out: Path) -> Report:
 
 def _planned(
     subject: Subject, recipe: Recipe, wish: Wish | None, clock: _Clock, progress: Progress | None
-) -> tuple[Plan, Scores | None]:
-    """What stays, and the scores that say so; everything, and none, where no unit is to go."""
+) -> tuple[Plan, Scores | None, Chosen | None]:
+    """What stays, the scores that say so, the search that chose; everything, and none, where no unit is to go."""
     if wish is None:
-        return Plan.everything(subject.anatomy), None
+        return Plan.everything(subject.anatomy), None, None
     with clock.stage("score") as record:
         scores = scored(subject, recipe, record, progress)
-    with clock.stage("plan"):
-        plan = make_plan(subject.anatomy, scores, wish)
-        check_planned(subject, plan, recipe)
-    return plan, scores
+    if recipe.search is None:
+        chosen = None
+        with clock.stage("plan"):
+            plan = make_plan(subject.anatomy, scores, wish)
+    else:
+        with clock.stage("search") as record:
+            chosen = search(subject, recipe, scores, wish, record, progress)
+        plan = chosen.plan
+    check_planned(subject, plan, recipe)
+    return plan, scores, chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +221,17 @@ def _warned(subject: Subject, recipe: Recipe, done: _Done) -> _Done:
     return replace(done, notes=(*done.notes, said))
 
 
-def _cut(subject: Subject, plan: Plan, wish: Wish) -> _Done:
+def _cut(subject: Subject, plan: Plan, wish: Wish, chosen: Chosen | None) -> _Done:
     cut = apply(subject, plan)
-    notes = [cut.holder.note, f"masked and sliced logits differ by {cut.difference:.0e} of their scale"]
+    found = () if chosen is None else chosen.notes
+    notes = [cut.holder.note, *found, f"masked and sliced logits differ by {cut.difference:.0e} of their scale"]
     lost = " and ".join(f"{unit}s" for unit in unprotected(subject.anatomy, plan, wish))
     if lost:
         notes.append(f"the budget is too small to leave the end layers whole: they lost {lost} too")
-    return _Done(cut.holder, tuple(notes), {"plan.json": json.dumps(plan.to_json())})
+    files = {"plan.json": json.dumps(plan.to_json())}
+    if chosen is not None:
+        files["search.json"] = json.dumps(chosen.record, indent=1)
+    return _Done(cut.holder, tuple(notes), files)
 
 
 def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, Any], progress: Progress | None) -> _Done:
@@ -231,82 +261,23 @@ def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
     return (f"the text's calibration part filled {blocks.numel():,} of the {asked.tokens:,} tokens asked for",)
 
 
-STRUCTURED = {"axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform", "divisors"}
+STRUCTURED = {
+    "keep", "shape", "search", "axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform",
+    "divisors", "rescale_norms",
+}  # fmt: skip
 """Keys of a recipe that say nothing when no unit goes."""
 
 
 def _made_by(recipe: Recipe, subject: Subject, plan: Plan) -> dict[str, Any]:
-    if recipe.keep is not None:
+    if recipe.cuts:
         split = loss_by_axis(subject.anatomy, plan.shape())
-        said = {**recipe.model_dump(mode="json"), "budget": recipe.keep, "split_realised": split}
+        budget = recipe.keep or said_widths(recipe.shape)
+        said = {**recipe.model_dump(mode="json"), "budget": budget, "split_realised": split}
     else:
-        said = recipe.model_dump(mode="json", exclude={*STRUCTURED, "keep", "rescale_norms"})
+        said = recipe.model_dump(mode="json", exclude=STRUCTURED)
         asked = recipe.sparsify
         said["budget"] = None if asked is None else str(Pattern.parse(asked.pattern))
     return {**said, "recipe": recipe.name}
-
-
-def calibration(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
-    """The calibration blocks of a recipe: seeded, from the calibration part of its text only."""
-    asked = recipe.calibration
-    return tokens.blocks(
-        documents(asked.text, "calibration"),
-        subject.tokenizer,
-        block=asked.block,
-        tokens=asked.tokens,
-        seed=recipe.seed,
-    )
-
-
-def _read_by(recipe: Recipe) -> dict[str, Any]:
-    """What decides the calibration blocks of a model."""
-    return {"calibration": recipe.calibration.model_dump(), "text": fingerprint(recipe.calibration.text)}
-
-
-def statistics(subject: Subject, recipe: Recipe) -> Readings:
-    """Where readings of this model's dense inputs on this calibration text are kept."""
-    made_by = {
-        "model": subject.source["fingerprint"],
-        "seed": recipe.seed,
-        "dtype": recipe.dtype,
-        "code": cache.code(),
-        **_read_by(recipe),
-    }
-    return Readings(cache.cache_dir("statistics", cache.key(made_by)), subject.anatomy.sizes["L"])
-
-
-def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: Progress | None) -> Scores:
-    """Scores of every axis of the recipe, from the cache when the same were measured before."""
-    chosen = chosen_criteria(recipe)
-    made_by: dict[str, Any] = {
-        "model": subject.source["fingerprint"],
-        "seed": recipe.seed,
-        "reduce": recipe.reduce,
-        "dtype": recipe.dtype,
-        "criteria": {u: [c.criterion.name, dict(c.criterion.options) | dict(c.options)] for u, c in chosen.items()},
-    }
-    reads = reads_text(chosen)
-    if reads:
-        made_by |= _read_by(recipe)
-    code = {"code": cache.code(), "criteria_code": {u: c.criterion.code for u, c in chosen.items()}}
-    path = cache.cache_dir("scores") / f"{cache.key({**made_by, **code})}.safetensors"
-    record["cached"] = path.exists()
-    if path.exists():
-        return Scores.load(path)
-    blocks = calibration(subject, recipe) if reads else None
-    record["tokens"] = 0 if blocks is None else blocks.numel()
-    found = score(
-        subject,
-        chosen,
-        blocks,
-        seed=recipe.seed,
-        reduce=recipe.reduce,
-        progress=progress,
-        made_by={k: v for k, v in made_by.items() if k != "criteria"},
-    )
-    with cache.replacing(path) as partial:
-        found.save(partial)
-    return found
 
 
 def measured(
@@ -362,7 +333,7 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         "plan": plan.to_json(),
         "recover": asked.model_dump(exclude=set(FREE) - ({"evaluate_every"} if asked.patience else set())),
         "sparsify": None if recipe.sparsify is None else recipe.sparsify.model_dump(mode="json"),
-        "calibration": _read_by(recipe) if recipe.sparsify and calibrates(recipe) else None,
+        "calibration": read_by(recipe) if recipe.sparsify and calibrates(recipe) else None,
         "code": cache.code(),
         "seed": recipe.seed,
         "dtype": recipe.dtype,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from regrow.errors import InputError, SettingsError, UnknownName, guess
 
@@ -182,6 +182,9 @@ class Recover(_Part):
         default=(), description="tensorboard, wandb ...: what transformers reports to; train.jsonl is always written"
     )
     resume: bool = Field(default=True, description="go on where an interrupted recovery of the same kind stopped")
+    until: int | None = Field(
+        default=None, ge=1, description="leave after so many tokens of it, with the rates of the whole"
+    )
     teacher: str | None = Field(
         default=None,
         description="learn from this model's predictions instead of the text's next token; same tokenizer; "
@@ -207,6 +210,46 @@ class Recover(_Part):
     def _own_rate(cls, rate: float | None, info: ValidationInfo) -> float | None:
         """A recipe says its rate wherever it is written down."""
         return RATES.get(info.data.get("method", "")) if rate is None else rate
+
+
+class Search(_Part):
+    """Which shape: many inside the budget are scored as cut, the best are trained a little, the best of these goes on.
+
+    Shapes have the same widths in every layer. Trained as `recover` says, by default from the model itself.
+    """
+
+    method: Literal["grid", "random"] = Field(
+        default="grid", description="grid: shapes that no other exceeds in all; random: by lot among all in the budget"
+    )
+    choices: dict[Axis, tuple[Step, ...]] = Field(
+        default_factory=dict,
+        description="the values of an axis, a layer's (heads: a group's); from the whole down to 80 % of the layers "
+        "and 60 % of the others unless named",
+    )
+    also: tuple[str, ...] = Field(default=(), description="budgets beside `keep`, such as kv=75%, flops=80%, 220MB")
+    latency: str | None = Field(
+        default=None, description="milliseconds a token written alone takes on this machine, or a share: 12ms, 80%"
+    )
+    band: float = Field(default=0.05, gt=0, le=1, description="share of the budget that a shape may leave unused")
+    candidates: int = Field(default=24, ge=1, description="shapes that are scored as cut; by lot where there are more")
+    tokens: int = Field(default=8192, ge=8, description="of calibration text that no score has seen, to judge by")
+    top: int = Field(default=4, ge=1, description="how many of them are trained")
+    rank_tokens: int = Field(default=20_000, ge=0, description="tokens each is trained on; 0 = as cut decides")
+    checkpoints: int = Field(
+        default=4, ge=1, description="equal parts of that training; the order is judged after each"
+    )
+    halving: bool = Field(default=False, description="after each part the worse half goes")
+    stable: float = Field(
+        default=0.9,
+        ge=-1,
+        le=1,
+        description="Kendall's tau between two checkpoints at which the order counts as stable; twice, and it ends",
+    )
+    storage: str | None = Field(
+        default=None,
+        description="of the study, to share it: a file, or a database as sqlite:///FILE, postgresql://...; null = the "
+        "cache",
+    )
 
 
 class Evaluate(_Part):
@@ -256,6 +299,10 @@ class Recipe(_Part):
     )
     rescale_norms: bool = Field(default=False, description="norms keep statistics over the old width (channels)")
     calibration: Calibration = Field(default=Calibration(), description="text that scores are measured on")
+    shape: dict[Axis, Step] = Field(
+        default_factory=dict, description="exact widths instead of a budget, a layer's (heads: a group's)"
+    )
+    search: Search | None = Field(default=None, description="choose the shape by trial; null = by `split`")
     sparsify: Sparsify | None = Field(default=None, description="zeros in what stays; null = none")
     recover: Recover | None = Field(default=None, description="training after the cut; null = none")
     evaluate: Evaluate = Field(default=Evaluate(), description="what is measured before and after")
@@ -266,9 +313,22 @@ class Recipe(_Part):
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _exact(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """A shape needs no budget, and names its axes."""
+        shape = data.get("shape")
+        return {"keep": None, "axes": list(shape), **data} if isinstance(shape, Mapping) and shape else data
+
+    @property
+    def cuts(self) -> bool:
+        """Whether units go."""
+        return self.keep is not None or bool(self.shape)
+
 
 PARTS: dict[str, type[_Part]] = {
     "calibration": Calibration,
+    "search": Search,
     "sparsify": Sparsify,
     "recover": Recover,
     "recover.distil": Distil,
@@ -292,7 +352,7 @@ def _explained(error: ValidationError, where: str) -> InputError:
         return UnknownName("recipe key", ".".join(path), _keys(path[:-1]), f"correct the key in {where}")
     if first["type"] == "literal_error":
         known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        what = "axis" if path[0] in ("axes", "split", "criteria", "divisors") else ".".join(path)
+        what = "axis" if path[0] in ("axes", "split", "criteria", "divisors", "shape") else ".".join(path)
         return SettingsError(
             f"{where}: unknown {what} {came!r}{guess(str(came), known)}", ", ".join(known), "name one of them"
         )

@@ -171,7 +171,7 @@ def test_a_bad_set(refused: Refused, sprout_dir: Path, out: Path, item: str, say
 
 
 def test_a_budget_out_of_reach(refused: Refused, sprout_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.run.score", lambda *_, **__: pytest.fail("scored before the budget was checked"))
+    monkeypatch.setattr("regrow.kept.score", lambda *_, **__: pytest.fail("scored before the budget was checked"))
     done = refused("prune", sprout_dir, "--keep", "2%", "--out", out, *QUICK, says=("cannot be met", "at least "))
     assert "% of 1,105,920" in done.json["allowed"]
     refused("estimate", sprout_dir, "--keep", "1K", says=("cannot be met",))
@@ -202,7 +202,7 @@ def test_text_shorter_than_one_block(refused: Refused, sprout_dir: Path, tmp_pat
 def test_short_text_is_refused_before_anything_is_scored(
     refused: Refused, sprout_dir: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regrow.run.score", lambda *_, **__: pytest.fail("scored before the texts were checked"))
+    monkeypatch.setattr("regrow.kept.score", lambda *_, **__: pytest.fail("scored before the texts were checked"))
     short, few = tmp_path / "short.txt", tmp_path / "few.txt"
     short.write_text("Just a few words.", encoding="utf-8")
     few.write_text(

@@ -1,7 +1,7 @@
 """What must be reached, in the user's terms: `80%`, `108M`, `220MB`, `kv=12KB`, `flops=75%`.
 
 A budget names a count of the shape (`measure`) and the most it may be (`limit`), so every kind is met by the same
-planner. What this gives up: budgets that need a stopwatch (latency) are met by search, not here.
+planner. What this gives up: budgets that need a stopwatch (latency) are met by search: `Latency`.
 """
 
 from __future__ import annotations
@@ -73,3 +73,21 @@ class Budget:
     def __str__(self) -> str:
         what = self.measure.replace("_", " ")
         return f"{self.limit * 100:g} % of {what}" if self.relative else f"{self.limit:,.0f} {what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """The most milliseconds that one token may take: `limit`, or that share of what the dense model takes."""
+
+    limit: float
+    relative: bool
+
+    @staticmethod
+    def parse(text: str) -> Latency:
+        """Read `12ms` or `80%`. Raises `BudgetError` when `text` is neither."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|%)", text.strip().replace(" ", ""))
+        if match is None or float(match[1]) <= 0:
+            raise BudgetError(
+                f"latency {text!r} is not understood", "12ms (a token), 80% (of the dense model)", "write it so"
+            )
+        return Latency(float(match[1]) / (100 if match[2] == "%" else 1), match[2] == "%")

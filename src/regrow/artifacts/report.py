@@ -54,6 +54,7 @@ class Report:
     stages: Mapping[str, Any] = field(default_factory=dict)  # seconds and tokens each stage took
     sparsity: tuple[Mapping[str, float], ...] = ()  # of a sparse model, a layer each: {"weights", "zeros", "error"}
     training: tuple[Mapping[str, float], ...] = ()  # {"step", "tokens", "loss", ...} of the recovery
+    search: Mapping[str, Any] | None = None  # of a chosen shape: the candidates, their losses, what it took
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)

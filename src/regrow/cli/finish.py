@@ -37,6 +37,16 @@ def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
         console.emit({"out": str(out), **{k: data[k] for k in ("before", "after", "retention", "shape", "notes")}})
 
 
+def help_out(recipe: Recipe, *, quiet: bool) -> None:
+    """Measure candidates of a search that others share, until there are none left."""
+    from regrow.run import help_search
+
+    with console.progress(quiet) as say:
+        chosen = help_search(recipe, progress=say)
+    if not quiet:
+        print(f"the search is over: {chosen.plan.shape()}")
+
+
 def pages(report: Report, plan: Plan | None, scores: Scores | None, recipe: str) -> Mapping[str, str]:
     """The files for people that lie beside the model."""
     from regrow.page.card import model_card

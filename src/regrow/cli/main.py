@@ -11,7 +11,21 @@ import sys
 
 import typer
 
-from regrow.cli import diff, doctor, estimate, evaluate, inspect, listing, prune, recover, report, run, show, sparsify
+from regrow.cli import (
+    diff,
+    doctor,
+    estimate,
+    evaluate,
+    inspect,
+    listing,
+    prune,
+    recover,
+    report,
+    run,
+    search,
+    show,
+    sparsify,
+)
 from regrow.errors import InputError, OutputError, RegrowError
 
 INTERRUPTED = 130
@@ -25,6 +39,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("prune")(prune.prune)
+app.command("search")(search.search)
 app.command("sparsify")(sparsify.sparsify)
 app.command("recover")(recover.recover)
 app.command("eval")(evaluate.evaluate)

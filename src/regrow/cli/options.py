@@ -28,6 +28,15 @@ CalibrationBlock = Annotated[int | None, typer.Option(help="tokens in a sequence
 Override = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as recover.batch=16; repeatable")]
 Keep = Annotated[str | None, typer.Option(help="budget: 80%, 108M, 220MB, kv=75%, flops=70%")]
 
+Params = Annotated[str | None, typer.Option(help="budget in parameters, such as 113M; instead of --keep")]
+
+
+def budget(keep: str | None, params: str | None) -> str | None:
+    """One way to say it. Raises `InputError` for both."""
+    if keep and params:
+        raise InputError(f"--keep {keep} and --params {params}", "one budget", "leave one of them out")
+    return f"params={params}" if params else keep
+
 
 def names(text: str | None) -> list[str] | None:
     """`a,b` -> [a, b]."""
@@ -52,6 +61,16 @@ def numbers(text: str | None, what: str) -> dict[str, float]:
             found[name] = float(value)
         except ValueError as error:
             raise SettingsError(f"{what} {name}={value}", "a number", f"write {name}=0.5, say") from error
+    return found
+
+
+def widths(text: str | None) -> dict[str, int]:
+    """`layers=24,neuron=1024` -> {layer: 24, neuron: 1024}; the plural is welcome. Raises `InputError`."""
+    found = {}
+    for name, value in pairs(text, "shape").items():
+        if not value.isdigit():
+            raise InputError(f"shape {name}={value}", "whole numbers", f"write {name}=24, say")
+        found[name.removesuffix("s")] = int(value)
     return found
 
 

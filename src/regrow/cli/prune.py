@@ -13,6 +13,7 @@ def prune(
     model: o.Model,
     out: o.Out,
     keep: o.Keep = None,
+    params: o.Params = None,
     criterion: Annotated[str | None, typer.Option(help="NAME, or NAME,AXIS=OTHER; see `regrow ls criteria`")] = None,
     option: Annotated[str | None, typer.Option(help="options of the criterion: NAME=VALUE,...")] = None,
     axes: Annotated[str | None, typer.Option(help="of neuron,group,head,channel,layer")] = None,
@@ -52,7 +53,7 @@ def prune(
     data: dict[str, Any] = {
         "name": "prune",
         "model": model,
-        "keep": keep,
+        "keep": o.budget(keep, params),
         "criterion": main,
         "criteria": others or None,
         "options": {k: o.scalar(v) for k, v in o.pairs(option, "option").items()} or None,

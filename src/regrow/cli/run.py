@@ -17,6 +17,10 @@ def run(
     out: o.Out,
     model: Annotated[str | None, typer.Option(help="a hub id, a local folder, or demo")] = None,
     keep: o.Keep = None,
+    params: o.Params = None,
+    shape: Annotated[
+        str | None, typer.Option(help="exact widths instead of a budget: layer=24,group=3,neuron=1024,channel=512")
+    ] = None,
     recover_tokens: Annotated[int | None, typer.Option(help="tokens of recovery; 0 for none")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="tokens that scores are measured on")] = None,
     text: o.Text = None,
@@ -37,7 +41,8 @@ def run(
 
     flags: dict[str, Any] = present(
         model=model,
-        keep=keep,
+        keep=o.budget(keep, params),
+        shape=o.widths(shape) or None,
         seed=seed,
         device=device,
         dtype=dtype,
@@ -48,6 +53,8 @@ def run(
     )
     path = find_recipe(recipe)
     data = overlay(read_recipe(path), flags)
+    if shape and not keep and not params:
+        data |= {"keep": None, "axes": list(data["shape"]), "search": None}
     for item in override or []:
         data = put(data, *assignment(item))
     finish(parse(data, path.name), out, as_json=as_json, quiet=quiet)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from regrow.engines import processes
 from regrow.engines.objective import Objective
@@ -122,6 +123,11 @@ class Loop(Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.beside is not None and self.beside.state_dict():
             self.beside.load_state_dict(load_file(Path(resume_from_checkpoint, BESIDE)))
+
+    def take_up(self, checkpoint: Path) -> None:
+        """The state of a checkpoint, for a run with nothing left to do."""
+        self._load_from_checkpoint(str(checkpoint), self.model)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def _load_best_model(self) -> None:
         """The state with the lowest held-out loss, by the way that a resumed run takes."""

@@ -25,11 +25,12 @@ from regrow.engines.room import give_back
 
 @torch.no_grad()
 def slice_model(
-    model: nn.Module, anatomy: Anatomy, plan: Plan, gates: Gates | None = None
+    model: nn.Module, anatomy: Anatomy, plan: Plan, gates: Gates | None = None, *, consume: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (new name, tensor) of the cut model in the order of the intact one, emptying `model` as it goes.
 
-    `gates` may be soft; units that the plan drops must be closed in them. None means binary, as the plan says.
+    `gates` may be soft; units that the plan drops must be closed in them. None means binary, as the plan says. Without
+    `consume` the model stays as it is, and what is yielded shares nothing with it.
     """
     gates = from_plan(anatomy, plan) if gates is None else gates
     kept = from_plan(anatomy, plan)
@@ -37,8 +38,9 @@ def slice_model(
     shape = dict(zip(place, plan.shape().layers, strict=True))
     for spec in anatomy.tensors:
         parameter = model.get_parameter(spec.name)
-        weight = parameter.data
-        parameter.data = weight.new_empty(0)
+        weight, whole = parameter.data, parameter.data_ptr()
+        if consume:
+            parameter.data = weight.new_empty(0)
         if spec.layer is not None:
             if spec.layer not in place:
                 continue
@@ -48,6 +50,8 @@ def slice_model(
         weight = _fold(weight, spec, anatomy, gates)
         weight = _select(weight, spec, anatomy, kept)
         weight = weight.contiguous()
+        if not consume and weight.data_ptr() == whole:
+            weight = weight.clone()
         give_back()
         yield _renamed(spec, anatomy, place), weight
 

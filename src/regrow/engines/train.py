@@ -67,7 +67,11 @@ def train(
         trainer.groups, trainer.heldout = groups, measured
         watch = Watch(trainer, progress)
         trainer.add_callback(watch)
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if start is not None and watch.was_enough(start):
+            trainer.take_up(start)
+            watch.on_train_begin(arguments, trainer.state, trainer.control)
+        else:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
     tokens = trainer.state.global_step * settings.batch * trainer.block
     return TrainResult(
         trainer.state.global_step, tokens, tuple(watch.records), time.perf_counter() - began, watch.stopped

@@ -21,7 +21,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after w
     "wsd": lambda done: min(1.0, (1 - done) / WSD_DECAY),
 }
 FREE = (
-    "micro_batch", "checkpointing", "minutes", "save_every", "log_every", "evaluate_every", "report_to", "resume"
+    "micro_batch", "checkpointing", "minutes", "until", "save_every", "log_every", "evaluate_every", "report_to",
+    "resume",
 )  # fmt: skip
 """Settings a resumed run may change: they decide how it runs, not where it ends."""
 
@@ -45,6 +46,7 @@ class TrainSettings:
     autocast: Literal["fp32", "bf16"] = "fp32"
     divergence: float = 3.0  # nats a recorded loss may lie above the lowest one
     minutes: float | None = None  # stop after this long, with a checkpoint
+    until: int | None = None  # tokens after which this call ends, with a checkpoint; the schedule is that of the whole
     save_every: int = 200  # steps; also at the end
     log_every: int = 10  # steps that one record averages
     evaluate_every: int = 100  # steps between losses on held-out text; also at the end
@@ -67,6 +69,7 @@ class TrainSettings:
             "divergence": (self.divergence > 0, "above 0; inf = never stop"),
             "patience": (self.patience is None or self.patience >= 1, "at least 1, or none"),
             "minutes": (self.minutes is None or self.minutes > 0, "above 0, or none"),
+            "until": (self.until is None or self.until >= 1, "at least 1 token, or none"),
         }
         for name, (good, allowed) in checks.items():
             if not good:

@@ -62,9 +62,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         step, settings = state.global_step, self.settings
-        if step < state.max_steps and self._late():
+        if step < state.max_steps and (why := self._enough(step)):
             control.should_training_stop = control.should_save = True
-            self.stopped = f"{settings.minutes:g} minutes were up after step {step} of {state.max_steps}"
+            self.stopped = f"{why} after step {step} of {state.max_steps}"
         evaluate = self.trainer.heldout is not None and (
             step % settings.evaluate_every == 0 or control.should_training_stop
         )
@@ -99,6 +99,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 f"held-out loss was lowest ({held[best]:.3f}) after step {state.best_global_step}, "
                 f"and not in {waited} evaluations since"
             )
+
+    def was_enough(self, checkpoint: Path) -> bool:
+        """Whether a run that has come so far has nothing left to do in this call."""
+        step = int(checkpoint.name.rpartition("-")[2])
+        return (
+            self.settings.until is not None and step * self.settings.batch * self.trainer.block >= self.settings.until
+        )
+
+    def _enough(self, step: int) -> str | None:
+        """Why this call ends before its last step."""
+        tokens = step * self.settings.batch * self.trainer.block
+        if self.settings.until is not None and tokens >= self.settings.until:
+            return f"{tokens:,} tokens were seen"
+        return f"{self.settings.minutes:g} minutes were up" if self._late() else None
 
     def _late(self) -> bool:
         """All processes must stop in the same step, so the first whose time is up decides for all."""

@@ -18,6 +18,8 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 1000.0, 300.0, 48.0, 40.0, 14.0, 120.0
 POINTS = 400
 SMOOTH = 25  # the smooth line averages over a 25th of the run
 
+PARTS = ("divergence", "next_token", "states")  # of a loss from a teacher, where it has several
+
 Point = tuple[float, float]
 
 
@@ -41,10 +43,16 @@ class _Frame:
 
 
 def curve(training: Sequence[Mapping[str, float]]) -> Markup | None:
-    """Loss against tokens (steps when tokens were not logged). None when no loss was logged twice."""
+    """Loss and its parts against tokens (steps when tokens were not logged). None when no loss was logged twice."""
     axis = "tokens" if all("tokens" in row for row in training) else "step"
-    names = list(dict.fromkeys(key for row in training for key in row if key.endswith("loss")))
-    lines = {name: _thin(_points(training, axis, name)) for name in names}
+    names = list(dict.fromkeys(key for row in training for key in row if key.endswith("loss") or key in PARTS))
+    lines = {name.replace("_", " "): _points(training, axis, name) for name in names}
+    return drawn(lines, axis, "recovery")
+
+
+def drawn(lines: Mapping[str, Sequence[Point]], axis: str, what: str) -> Markup | None:
+    """Lines of losses with their names at their ends. None when none has two points."""
+    lines = {name: _thin(points) for name, points in lines.items()}
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     if not lines:
         return None
@@ -60,9 +68,9 @@ def curve(training: Sequence[Mapping[str, float]]) -> Markup | None:
             parts.append(_path(frame, points, f"raw s{index % 4}"))
         parts.append(_path(frame, smooth, f"line s{index % 4}"))
         _, y = frame.xy(smooth[-1])
-        ends.append((y, f"{name.replace('_', ' ')} {number(smooth[-1][1], 3)}", index % 4))
+        ends.append((y, f"{name} {number(smooth[-1][1], 3)}", index % 4))
     parts += _labels(ends)
-    return picture(WIDTH, HEIGHT, f"recovery: {', '.join(lines)} against {axis}", *parts, class_="curve")
+    return picture(WIDTH, HEIGHT, f"{what}: {', '.join(lines)} against {axis}", *parts, class_="curve")
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:

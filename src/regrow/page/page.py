@@ -15,6 +15,7 @@ from markupsafe import Markup
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
 from regrow.artifacts.shape import Shape
+from regrow.page.candidates import candidates
 from regrow.page.curve import curve
 from regrow.page.headline import asked, reached, stats, views
 from regrow.page.heat import LEVELS, maps
@@ -67,6 +68,7 @@ def render(
         planned=plan is not None,
         levels=range(LEVELS),
         curve=curve(report.training),
+        search=candidates(report.search),
         samples=report.samples,
         made_by=list(lines(without_paths(report.made_by))),
         source=list(lines({key: value for key, value in without_paths(report.model).items() if key != "note"})),

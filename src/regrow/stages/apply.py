@@ -51,6 +51,16 @@ def apply(subject: Subject, plan: Plan) -> Cut:
     return Cut(subject, found, difference)
 
 
+def cut_copy(subject: Subject, plan: Plan) -> Subject:
+    """The cut model as it would be stored, beside the intact one, which stays as it is."""
+    plan.check(subject.anatomy)
+    found = holder(subject.model.config, subject.anatomy, plan)
+    small = build(found.config, dict(slice_model(subject.model, subject.anatomy, plan, consume=False)))
+    small.generation_config = subject.model.generation_config
+    checkpoint.round_to(small, subject.store)
+    return replace(subject, model=small)
+
+
 def prove(model: Any, anatomy: Anatomy, plan: Plan) -> float:
     """Cut a random fp32 model of the class of `model`, with its widths, `PROOF_LAYERS` layers and a few words.
 

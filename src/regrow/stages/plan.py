@@ -21,6 +21,7 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, even
+from regrow.artifacts.space import Widths, totals_of
 from regrow.engines.bind import why_not
 from regrow.errors import BudgetError, InputError, SettingsError
 
@@ -42,6 +43,7 @@ class Wish:
     uniform: bool = False  # the same widths in every layer
     divisors: Mapping[Unit, int] = field(default_factory=dict)  # widths are multiples; DIVISORS when uniform, else 1
     rescale_norms: bool = False
+    widths: Widths | None = None  # exactly these, instead of what the budget allows
 
 
 def check_wish(anatomy: Anatomy, wish: Wish) -> None:
@@ -84,6 +86,8 @@ def check_wish(anatomy: Anatomy, wish: Wish) -> None:
 def make_plan(anatomy: Anatomy, scores: Scores, wish: Wish) -> Plan:
     """The plan that meets the budget. Raises `BudgetError` naming the nearest budget that can be met."""
     check_wish(anatomy, wish)
+    if wish.widths is not None:
+        return realise(anatomy, scores, wish, totals_of(anatomy, wish.widths))
     target = wish.budget.target(anatomy)
     best: tuple[int, Plan] | None = None
     for totals in _ranked(anatomy, wish, target)[:TRIES]:
@@ -111,7 +115,7 @@ def _nearby(
     step, total, tried = _step(wish, finest, layers), totals[finest], dict[int, tuple[int, Plan]]()
     whole = target >= wish.budget.count(anatomy, anatomy.dense)
     while total not in tried:
-        plan = _realise(anatomy, scores, wish, {**totals, finest: total})
+        plan = realise(anatomy, scores, wish, {**totals, finest: total})
         excess = wish.budget.count(anatomy, plan.shape()) - target
         tried[total] = excess, plan
         if whole or -unit < excess <= 0:
@@ -273,7 +277,7 @@ def _unmet(anatomy: Anatomy, wish: Wish, target: int, nearest: int) -> BudgetErr
     )
 
 
-def _realise(anatomy: Anatomy, scores: Scores, wish: Wish, totals: Mapping[Unit, int]) -> Plan:
+def realise(anatomy: Anatomy, scores: Scores, wish: Wish, totals: Mapping[Unit, int]) -> Plan:
     """Choose the units: layers first, then each axis among the layers that stay."""
     sizes = anatomy.sizes
     layers = keep_layers(scores.table["layer"], totals["layer"]) if "layer" in totals else list(range(sizes["L"]))

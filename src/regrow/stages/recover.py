@@ -162,6 +162,7 @@ def as_train(settings: Recover, seed: int) -> TrainSettings:
         clip=settings.clip,
         autocast=settings.autocast,
         patience=settings.patience,
+        until=settings.until,
         report_to=settings.report_to,
         evaluate_every=max(1, (settings.evaluate_every or settings.tokens // 20) // (settings.batch * settings.block)),
         save_every=max(25, settings.tokens // (settings.batch * settings.block) // 10),

@@ -1,0 +1,87 @@
+"""What a run reads and keeps for the next one: calibration blocks, scores, readings of dense inputs.
+
+Each is kept under a key of everything that it hangs on. What this gives up: eviction; the cache can be deleted at any
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from regrow import cache
+from regrow.artifacts.scores import Scores
+from regrow.engines import tokens
+from regrow.engines.bind import Subject
+from regrow.engines.readings import Readings
+from regrow.engines.texts import documents, fingerprint
+from regrow.prepare import chosen_criteria
+from regrow.settings import Recipe
+from regrow.stages.score import reads_text, score
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+def calibration(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
+    """The calibration blocks of a recipe: seeded, from the calibration part of its text only."""
+    asked = recipe.calibration
+    return tokens.blocks(
+        documents(asked.text, "calibration"),
+        subject.tokenizer,
+        block=asked.block,
+        tokens=asked.tokens,
+        seed=recipe.seed,
+    )
+
+
+def read_by(recipe: Recipe) -> dict[str, Any]:
+    """What decides the calibration blocks of a model."""
+    return {"calibration": recipe.calibration.model_dump(), "text": fingerprint(recipe.calibration.text)}
+
+
+def statistics(subject: Subject, recipe: Recipe) -> Readings:
+    """Where readings of this model's dense inputs on this calibration text are kept."""
+    made_by = {
+        "model": subject.source["fingerprint"],
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "code": cache.code(),
+        **read_by(recipe),
+    }
+    return Readings(cache.cache_dir("statistics", cache.key(made_by)), subject.anatomy.sizes["L"])
+
+
+def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: Progress | None) -> Scores:
+    """Scores of every axis of the recipe, from the cache when the same were measured before."""
+    chosen = chosen_criteria(recipe)
+    made_by: dict[str, Any] = {
+        "model": subject.source["fingerprint"],
+        "seed": recipe.seed,
+        "reduce": recipe.reduce,
+        "dtype": recipe.dtype,
+        "criteria": {u: [c.criterion.name, dict(c.criterion.options) | dict(c.options)] for u, c in chosen.items()},
+    }
+    reads = reads_text(chosen)
+    if reads:
+        made_by |= read_by(recipe)
+    code = {"code": cache.code(), "criteria_code": {u: c.criterion.code for u, c in chosen.items()}}
+    path = cache.cache_dir("scores") / f"{cache.key({**made_by, **code})}.safetensors"
+    record["cached"] = path.exists()
+    if path.exists():
+        return Scores.load(path)
+    blocks = calibration(subject, recipe) if reads else None
+    record["tokens"] = 0 if blocks is None else blocks.numel()
+    found = score(
+        subject,
+        chosen,
+        blocks,
+        seed=recipe.seed,
+        reduce=recipe.reduce,
+        progress=progress,
+        made_by={k: v for k, v in made_by.items() if k != "criteria"},
+    )
+    with cache.replacing(path) as partial:
+        found.save(partial)
+    return found

@@ -1,0 +1,330 @@
+"""Which shape inside a budget: many are scored as cut, the best are trained a little, the best of these goes on.
+
+Shapes have the same widths in every layer. All candidates are cut from one model in memory, by the scores of one pass,
+and judged by the loss on calibration text that no score has seen. Every measurement is a piece of a `Study`, so a
+search goes on after an interruption, and several processes share one.
+What this gives up: layers of different widths, and a training long enough that no order can change.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from regrow import cache
+from regrow.artifacts.budget import Budget, Latency
+from regrow.artifacts.family import UNITS, Unit
+from regrow.artifacts.plan import Plan
+from regrow.artifacts.scores import Scores
+from regrow.artifacts.shape import Anatomy, count
+from regrow.artifacts.space import Space, Widths, drawn, inside, said, shape_of, space_of, totals_of, unbeaten
+from regrow.engines import tokens
+from regrow.engines.bind import Subject
+from regrow.engines.clock import measure_speed
+from regrow.engines.distil import Teacher
+from regrow.engines.perplexity import block_losses
+from regrow.engines.texts import documents, fingerprint
+from regrow.engines.walk import check_finite
+from regrow.errors import BudgetError, TextError
+from regrow.kept import Progress, read_by
+from regrow.prepare import recovery_text
+from regrow.settings import Recipe, Recover
+from regrow.stages.apply import cut_copy
+from regrow.stages.load import read_model
+from regrow.stages.plan import Wish, realise
+from regrow.stages.recover import recover
+from regrow.study import Beat, Point, Study
+
+TWICE = 2  # times in a row that an order must be stable
+DECODED: Mapping[str, Any] = {
+    "prompt": 32,
+    "decode": 32,
+    "batches": (1,),
+    "repeats": 3,
+}  # what a latency is measured on
+SPEED = "speed/decode_ms_per_token/batch1"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The shapes that are scored, of how many inside the budget, of which space."""
+
+    points: Sequence[Widths]
+    inside: int
+    space: Space
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The plan of the best shape, and how it was found, as JSON."""
+
+    plan: Plan
+    record: dict[str, Any]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        found = self.record
+        spent = f"search: {len(found['scored'])} of {found['inside']} shapes inside the budget were scored as cut"
+        if not found["ranked"]:
+            return (spent,)
+        other = "" if found["scored"][0]["widths"] == found["chosen"] else " (as cut, another was best)"
+        trained = f"{len(found['ranked'])} of them trained, with {found['tokens']:,} tokens in all{other}"
+        return (f"{spent}, {trained}; {found['end']}",)
+
+
+def search(
+    subject: Subject, recipe: Recipe, scores: Scores, wish: Wish, record: dict[str, Any], progress: Progress | None
+) -> Chosen:
+    """The best shape. Raises `BudgetError` when none is inside the budgets; the model stays as it is."""
+    assert recipe.search is not None
+    pool = candidates(subject, recipe)
+    work = _Work(subject, recipe, scores, replace(wish, uniform=True))
+    rows = work.as_cut(pool.points, progress)
+    if recipe.search.latency is not None:
+        rows = work.fast_enough(rows, recipe.search.latency)
+    rows.sort(key=_loss)
+    ranked, end = work.ranked([row["widths"] for row in rows[: recipe.search.top]], progress)
+    left = [row for row in ranked if len(row["losses"]) == max(len(other["losses"]) for other in ranked)]
+    best = min(left, key=lambda row: _loss(row["losses"][-1]))["widths"] if left else rows[0]["widths"]
+    record["tokens"] = sum(row["losses"][-1]["tokens"] for row in ranked)
+    found = {
+        "method": recipe.search.method,
+        "space": {unit: list(values) for unit, values in pool.space.choices.items()},
+        "size": pool.space.size,
+        "inside": pool.inside,
+        "scored": rows,
+        "ranked": ranked,
+        "tau": taus([row["losses"] for row in ranked]),
+        "tokens": record["tokens"],
+        "end": end,
+        "chosen": best,
+    }
+    return Chosen(work.plan(best), found)
+
+
+def fitted(recipe: Recipe, anatomy: Anatomy) -> Recipe:
+    """With groups for heads, where a search names heads and every head has keys and values of its own."""
+    if recipe.search is None or anatomy.sizes["G"] > 1 or "head" not in recipe.axes:
+        return recipe
+    axes = dict.fromkeys("group" if unit == "head" else unit for unit in recipe.axes)
+    return recipe.model_copy(update={"axes": tuple(axes)})
+
+
+def check_search(subject: Subject, recipe: Recipe) -> None:
+    """Refuse before anything long begins what cannot be searched: budgets out of reach, no text left to judge by.
+
+    Raises `BudgetError`, `SettingsError`, `TextError`.
+    """
+    if recipe.shape:
+        space_of(subject.anatomy, recipe.axes, {unit: (count,) for unit, count in recipe.shape.items()}, {})
+    if recipe.search is None:
+        return
+    candidates(subject, recipe)
+    judges(subject, recipe)
+    if recipe.search.rank_tokens:
+        train = recipe.recover or ranking(recipe)
+        recovery_text(subject, train, "recovery", count=train.block, seed=recipe.seed)
+
+
+def candidates(subject: Subject, recipe: Recipe) -> Pool:
+    """What is to be scored. Raises `BudgetError`, `SettingsError`."""
+    asked, anatomy = recipe.search, subject.anatomy
+    assert asked is not None
+    assert recipe.keep is not None
+    space = space_of(anatomy, recipe.axes, asked.choices, recipe.divisors)
+    points: list[Widths] = list(
+        inside(anatomy, space, [Budget.parse(text) for text in (recipe.keep, *asked.also)], asked.band)
+    )
+    if asked.method == "grid":
+        points = unbeaten(points)
+    return Pool(drawn(points, asked.candidates, recipe.seed), len(points), space)
+
+
+def judges(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
+    """Calibration text that no score has seen. Raises `TextError` when there is none."""
+    read, asked = recipe.calibration, recipe.search
+    assert asked is not None
+    seen = max(read.tokens // read.block, 1)
+    found = tokens.blocks(
+        documents(read.text, "calibration"),
+        subject.tokenizer,
+        block=read.block,
+        tokens=(seen + max(asked.tokens // read.block, 1)) * read.block,
+        seed=recipe.seed,
+    )[seen:]
+    if not len(found):
+        raise TextError(
+            f"the calibration part of {read.text} is used up by {seen * read.block:,} tokens for the scores",
+            "some more, which shapes are judged by",
+            "lower calibration.tokens, or give more text",
+        )
+    return found
+
+
+class _Work:
+    """Measures candidates, each in a study under everything that its result hangs on."""
+
+    def __init__(self, subject: Subject, recipe: Recipe, scores: Scores, wish: Wish) -> None:
+        assert recipe.search is not None
+        self.subject, self.recipe, self.scores, self.wish, self.asked = subject, recipe, scores, wish, recipe.search
+        self.text = judges(subject, recipe)
+        self.about = {
+            "model": subject.source["fingerprint"],
+            "dtype": recipe.dtype,
+            "seed": recipe.seed,
+            "scores": dict(scores.made_by),
+            "rescale_norms": wish.rescale_norms,
+            "judges": self.asked.tokens,
+            "code": cache.code(),
+            **read_by(recipe),
+        }
+
+    def plan(self, widths: Widths) -> Plan:
+        anatomy = self.subject.anatomy
+        return realise(anatomy, self.scores, replace(self.wish, axes=tuple(widths)), totals_of(anatomy, widths))
+
+    def as_cut(self, points: Sequence[Widths], progress: Progress | None) -> list[dict[str, Any]]:
+        """Loss, and latency where one is asked for, of each shape without any training."""
+        timed = self.asked.latency is not None
+
+        def measure(point: Point, beat: Beat) -> dict[str, Any]:
+            beat()
+            small = cut_copy(self.subject, self.plan(_widths(point)))
+            return {"loss": self.loss(small)} | ({"latency_ms": latency(small)} if timed else {})
+
+        study = Study(self.asked.storage, f"{cache.key({**self.about, 'timed': timed})} as cut")
+        results = study.measure([dict(point) for point in points], measure, say=_said(progress, "shapes"))
+        return [
+            {"widths": dict(point), "parameters": self.size(point), **result}
+            for point, result in zip(points, results, strict=True)
+        ]
+
+    def fast_enough(self, rows: list[dict[str, Any]], asked: str) -> list[dict[str, Any]]:
+        """Those that write a token in time. Raises `BudgetError` when none does."""
+        limit = Latency.parse(asked)
+        most = limit.limit * (latency(self.subject) if limit.relative else 1)
+        fast = [row for row in rows if row.get("latency_ms", most + 1) <= most]
+        if not fast:
+            best = min(row["latency_ms"] for row in rows if "latency_ms" in row)
+            raise BudgetError(
+                f"latency {asked} ({most:.1f} ms a token): none of {len(rows)} shapes is so fast",
+                f"at least {best:.1f} ms",
+                "ask for more time, lower the budget, or let layers go, which saves the most",
+            )
+        return fast
+
+    def ranked(self, points: Sequence[Widths], progress: Progress | None) -> tuple[list[dict[str, Any]], str]:
+        """Losses of each shape at every checkpoint of its training, and how that ended."""
+        asked, left = self.asked, list(points)
+        if not asked.rank_tokens or len(points) < 2:
+            return [], "not trained"
+        rows: list[dict[str, Any]] = [
+            {"widths": dict(point), "parameters": self.size(point), "losses": []} for point in points
+        ]
+        stable = 0
+        for part in range(1, asked.checkpoints + 1):
+            mark = -(-asked.rank_tokens * part // asked.checkpoints)
+            for point, result in zip(left, self.after(left, mark, progress), strict=True):
+                next(row for row in rows if row["widths"] == dict(point))["losses"].append({"tokens": mark, **result})
+            alive = [row for row in rows if len(row["losses"]) == part]
+            order = taus([row["losses"] for row in alive])
+            stable = stable + 1 if order and order[-1] >= asked.stable else 0
+            if stable == TWICE and part < asked.checkpoints:
+                return rows, f"their order was stable after {mark:,} tokens each"
+            if asked.halving:
+                alive.sort(key=lambda row: _loss(row["losses"][-1]))
+                left = [row["widths"] for row in alive[: max(1, len(alive) // 2)]]
+            if len(left) == 1:
+                break
+        return rows, f"the best was trained on {mark:,}"
+
+    def after(self, points: Sequence[Widths], mark: int, progress: Progress | None) -> list[dict[str, Any]]:
+        """Loss of each shape once it was trained on `mark` tokens."""
+        train = self.training(mark)
+        deciding = train.model_dump(mode="json", exclude={"until", "resume", "micro_batch", "checkpointing"})
+        about = {**self.about, "training": deciding, "text": fingerprint(train.text)}
+        study = Study(self.asked.storage, f"{cache.key(about)} after {mark}")
+        teacher = self.teacher(train)
+        blocks = recovery_text(self.subject, train, "recovery", count=train.tokens, seed=self.recipe.seed)
+
+        def measure(point: Point, beat: Beat) -> dict[str, Any]:
+            widths = _widths(point)
+            small = cut_copy(self.subject, self.plan(widths))
+            began = time.perf_counter()
+            folder = cache.cache_dir("search", f"{cache.key(about)} {said(widths)}")
+            with cache.held(folder, "this candidate"):
+                recover(
+                    small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher,
+                    progress=lambda *_: beat(),
+                )  # fmt: skip
+            return {"loss": self.loss(small), "seconds": round(time.perf_counter() - began, 1)}
+
+        return study.measure([dict(point) for point in points], measure, say=_said(progress, f"trained to {mark:,}"))
+
+    def training(self, mark: int) -> Recover:
+        """The recovery of the recipe, shortened; its rate stays as it is after warm-up, so that parts are alike."""
+        own = self.recipe.recover or ranking(self.recipe)
+        short = {"tokens": self.asked.rank_tokens, "schedule": "constant", "until": mark, "patience": None}
+        return own.model_copy(update={**short, "report_to": (), "resume": True})
+
+    def teacher(self, train: Recover) -> Teacher | Subject | None:
+        """The model itself, where it is the one that is named."""
+        if train.teacher is None:
+            return None
+        recipe = self.recipe
+        if train.teacher == recipe.model:
+            return self.subject
+        trust = recipe.trust_remote_code
+        return Teacher(*read_model(train.teacher, dtype=recipe.dtype, device=recipe.device, trust_remote_code=trust))
+
+    def loss(self, small: Subject) -> float:
+        """Nats a token. Raises `BrokenModel` when it is not finite."""
+        found = block_losses(small.model, self.text).mean()
+        check_finite("the loss of this shape", found)
+        return round(float(found), 6)
+
+    def size(self, widths: Widths) -> int:
+        return count(self.subject.anatomy, shape_of(self.subject.anatomy, widths))
+
+
+def ranking(recipe: Recipe) -> Recover:
+    """How candidates are trained where a recipe has no recovery: all weights, from the model itself."""
+    return Recover(method="full", teacher=recipe.model, learning_rate=1e-4, batch=4)
+
+
+def latency(subject: Subject) -> float:
+    """Milliseconds a token, written alone, on this machine."""
+    return round(measure_speed(subject.model, **DECODED)[SPEED].value, 3)
+
+
+def taus(losses: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
+    """Kendall's tau between the orders at consecutive checkpoints, among those that reached the later one.
+
+    `losses`: of each candidate, a row a checkpoint. 1 = the same order; fewer than two candidates have none.
+    """
+    from scipy.stats import kendalltau
+
+    found = []
+    for part in range(1, max(map(len, losses), default=0)):
+        alive = [rows for rows in losses if len(rows) > part]
+        if len(alive) > 1:
+            before, after = ([_loss(rows[at]) for rows in alive] for at in (part - 1, part))
+            found.append(round(float(kendalltau(before, after).statistic), 4))
+    return found
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return float(row.get("loss", math.inf))
+
+
+def _widths(point: Point) -> dict[Unit, int]:
+    return {unit: point[unit] for unit in UNITS if unit in point}
+
+
+def _said(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(what, done, total)

@@ -1,0 +1,326 @@
+"""The search: what is tried, who goes on, what it costs, and that nothing of it touches the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import logging as hf_logging
+
+import regrow.search as searching
+from models import anatomy_of, cut, make
+from models import plan as some_plan
+from regrow import cache as caching
+from regrow.artifacts.report import Report
+from regrow.engines.bind import Subject
+from regrow.engines.checkpoint import round_to
+from regrow.errors import BudgetError, SettingsError, TextError, UnknownName
+from regrow.recipe_files import overlay
+from regrow.run import help_search, run
+from regrow.search import Chosen, search, taus
+from regrow.settings import Recipe, parse
+from regrow.stages.apply import cut_copy
+from regrow.stages.load import load
+from regrow.stages.plan import realise
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture(autouse=True)
+def _apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A cache of its own, and no bars of other libraries."""
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    yield
+    if bars:
+        hf_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def recipe(sprout_dir: Path) -> Make:
+    def make(**changes: Any) -> Recipe:
+        usual = {
+            "model": str(sprout_dir),
+            "keep": "80%",
+            "criterion": "activation",
+            "axes": ["layer", "head", "neuron", "channel"],
+            "uniform": True,
+            "divisors": {"neuron": 16, "channel": 16},
+            "calibration": {"tokens": 512, "block": 64},
+            "search": {"tokens": 512, "rank_tokens": 512, "top": 2, "checkpoints": 2, "candidates": 3},
+            "recover": {"method": "full", "teacher": str(sprout_dir), "tokens": 0, "block": 64, "batch": 2,
+                        "micro_batch": 2, "learning_rate": 1e-3},
+            "evaluate": {"text": None, "speed": False, "samples": []},
+        }  # fmt: skip
+        return parse({**overlay(usual, changes), **({"divisors": {}} if changes.get("divisors") == {} else {})})
+
+    return make
+
+
+def no_page(*_: Any) -> dict[str, str]:
+    return {}
+
+
+def walked(recipe: Recipe, out: Path) -> dict[str, Any]:
+    run(recipe, out, page=no_page)
+    found: dict[str, Any] = json.loads((out / "search.json").read_text(encoding="utf-8"))
+    return found
+
+
+def same_but_time(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    def bare(record: dict[str, Any]) -> str:
+        return json.dumps(json.loads(json.dumps(record), object_hook=lambda x: {k: x[k] for k in x if k != "seconds"}))
+
+    return bare(a) == bare(b)
+
+
+def test_the_road(recipe: Make, tmp_path: Path) -> None:
+    """Every shape in the budget by the real count; the winner is the best of those trained, and what is written."""
+    out = tmp_path / "out"
+    found = walked(recipe(), out)
+    report = Report.from_json(json.loads((out / "report.json").read_text(encoding="utf-8")))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert report.search == found
+    assert found["size"] == 2 * 1 * 9 * 4
+    assert len(found["scored"]) == min(3, found["inside"])
+    losses = [row["loss"] for row in found["scored"]]
+    assert losses == sorted(losses)
+    assert [row["widths"] for row in found["ranked"]] == [row["widths"] for row in found["scored"][:2]]
+    ends = {row["losses"][-1]["loss"]: row["widths"] for row in found["ranked"]}
+    assert found["chosen"] == ends[min(ends)]
+    assert [row["tokens"] for row in found["ranked"][0]["losses"]] == [256, 512]
+    assert found["tokens"] == 2 * 512 == report.stages["search"]["tokens"]
+    config = model.config
+    assert found["chosen"] == {
+        "layer": config.num_hidden_layers, "neuron": config.intermediate_size, "channel": config.hidden_size,
+        "head": config.num_attention_heads // config.num_key_value_heads,
+    }  # fmt: skip
+    chosen = next(row for row in found["scored"] if row["widths"] == found["chosen"])
+    assert chosen["parameters"] == model.num_parameters()
+    assert report.after["size/decoder_weights"].value <= 0.8 * report.before["size/decoder_weights"].value
+    assert any("1,024 tokens in all" in note for note in report.notes)
+
+
+def test_an_interrupted_search_goes_on(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is torn, the end is the same, and nothing is measured twice."""
+    whole = walked(recipe(), tmp_path / "whole")
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "other"))
+    real, calls = searching.recover, 0
+
+    def torn(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    monkeypatch.setattr(searching, "recover", torn)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(), tmp_path / "torn", page=no_page)
+    assert not (tmp_path / "torn").exists()
+    assert same_but_time(walked(recipe(), tmp_path / "torn"), whole)
+    assert calls == 5  # two candidates at two checkpoints, and the one that was torn
+    monkeypatch.setattr(searching, "cut_copy", lambda *_: pytest.fail("measured again"))
+    assert same_but_time(walked(recipe(), tmp_path / "again"), whole)
+
+
+def test_parts_of_a_training_are_one_training(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that stops at every checkpoint ends where one ends that runs through."""
+    parts = walked(recipe(search={"checkpoints": 2}), tmp_path / "parts")
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "other"))
+    whole = walked(recipe(search={"checkpoints": 1}), tmp_path / "whole")
+    ends = [[row["losses"][-1]["loss"] for row in found["ranked"]] for found in (parts, whole)]
+    assert ends[0] == ends[1]
+    assert [len(row["losses"]) for row in parts["ranked"]] == [2, 2]
+
+
+def test_the_order_after_training_decides(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = faked(recipe(), monkeypatch, {256: [3.0, 2.0], 512: [3.0, 2.5]})
+    assert found.record["chosen"] == found.record["scored"][1]["widths"]
+    assert found.record["tau"] == [1.0]
+    assert "as cut, another was best" in found.notes[0]
+
+
+def test_a_stable_order_ends_it(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the same order in a row is enough; one flip in between, and it goes on."""
+    asked = recipe(search={"checkpoints": 5, "rank_tokens": 640})
+    steady = faked(asked, monkeypatch, {n: [2.0, 3.0] for n in range(128, 641, 128)})
+    assert [len(row["losses"]) for row in steady.record["ranked"]] == [3, 3]
+    assert steady.record["tokens"] == 2 * 384
+    assert "stable after 384 tokens" in steady.record["end"]
+    flipping = {128: [2.0, 3.0], 256: [2.0, 3.0], 384: [3.0, 2.0], 512: [3.0, 2.0], 640: [3.0, 2.0]}
+    moving = faked(asked, monkeypatch, flipping)
+    assert moving.record["tau"] == [1.0, -1.0, 1.0, 1.0]
+    assert [len(row["losses"]) for row in moving.record["ranked"]] == [5, 5]
+
+
+def test_halving(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worse half goes after each part; the tokens are those that were spent."""
+    asked = recipe(search={"checkpoints": 4, "rank_tokens": 512, "top": 3, "halving": True, "candidates": 3})
+    found = faked(asked, monkeypatch, {n: [3.0, 1.0, 2.0] for n in range(128, 513, 128)})
+    trained = [len(row["losses"]) for row in found.record["ranked"]]
+    assert trained == [1, 1, 1]
+    assert found.record["chosen"] == found.record["ranked"][1]["widths"]
+    assert found.record["tokens"] == 3 * 128
+
+
+def test_a_shape_that_breaks_goes_to_the_end(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = faked(recipe(), monkeypatch, {256: [None, 2.0], 512: [None, 2.0]})
+    assert found.record["chosen"] == found.record["ranked"][1]["widths"]
+    assert found.record["ranked"][0]["losses"][0]["failed"]
+
+
+def faked(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, losses: dict[int, list[Any]]) -> Chosen:
+    """A search whose trainings give these losses, by tokens, in the order of the candidates."""
+    subject = load(recipe.model)
+    from regrow.kept import scored
+    from regrow.prepare import as_wish
+
+    def after(self: Any, points: Any, mark: int, _: Any) -> list[dict[str, Any]]:
+        self.first = getattr(self, "first", None) or [dict(point) for point in points]
+        rows = [losses[mark][self.first.index(dict(point))] for point in points]
+        return [{"failed": "NaN"} if loss is None else {"loss": loss} for loss in rows]
+
+    monkeypatch.setattr(searching._Work, "after", after)
+    wish = as_wish(recipe)
+    assert wish is not None
+    return search(subject, recipe, scored(subject, recipe, {}, None), wish, {}, None)
+
+
+def test_kendalls_tau_by_hand() -> None:
+    """Of three pairs one turned: (2 - 1) / 3."""
+    rows = [[{"loss": loss} for loss in losses] for losses in ((1, 1, 3), (2, 3, 2), (3, 2, 1))]
+    assert taus(rows) == [0.3333, -0.3333]
+    assert taus([[{"loss": 1}, {"loss": 2}]]) == []
+    assert taus([]) == []
+    assert taus([[{"loss": 1}, {"loss": 1}], [{"loss": 2}, {"loss": 2}], [{"loss": 3}]]) == [1.0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "phi3"])
+def test_a_copy_is_the_cut_and_leaves_the_model(kind: str) -> None:
+    """Nothing is shared: what is done to the copy is not seen in the model, which is the same to the bit."""
+    model = make(kind)
+    anatomy = anatomy_of(model)
+    kept = some_plan(anatomy, anatomy.supported, uniform=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    small = cut_copy(Subject(model, None, anatomy, {}, torch.float32), kept).model  # type: ignore[arg-type]
+    sliced = cut(make(kind), kept).model
+    for (name, ours), theirs in zip(small.named_parameters(), sliced.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_candidates_leave_the_model_as_it_was(recipe: Make) -> None:
+    subject = load(recipe().model)
+    from regrow.kept import scored
+    from regrow.prepare import as_wish
+
+    before = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
+    asked = recipe()
+    wish = as_wish(asked)
+    assert wish is not None
+    search(subject, asked, scored(subject, asked, {}, None), wish, {}, None)
+    assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
+
+
+def test_text_to_judge_by_is_not_what_was_scored(recipe: Make) -> None:
+    from regrow.kept import calibration
+
+    subject = load(recipe().model)
+    seen, judges = calibration(subject, recipe()), searching.judges(subject, recipe())
+    assert len(judges) == 8
+    rows = {tuple(row) for row in seen.tolist()}
+    assert not rows & {tuple(row) for row in judges.tolist()}
+
+
+def test_latency(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only shapes that are fast enough are trained; the dense model is timed for a share."""
+    times = iter([3.0, 1.0, 2.0, 10.0])
+    monkeypatch.setattr(searching, "latency", lambda _: next(times))
+    found = walked(recipe(search={"latency": "20%", "rank_tokens": 0}), tmp_path / "out")
+    assert sorted(row["latency_ms"] for row in found["scored"]) == [1.0, 2.0]
+    assert found["ranked"] == []
+    assert found["chosen"] == found["scored"][0]["widths"]
+    with pytest.raises(BudgetError, match=r"latency 0.5ms .*\n.*at least 1.0 ms"):
+        run(recipe(search={"latency": "0.5ms", "rank_tokens": 0}), tmp_path / "slow", page=no_page)
+    assert not (tmp_path / "slow").exists()
+
+
+def test_a_worker_finishes_what_another_began(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = help_search(recipe())
+    monkeypatch.setattr(searching, "cut_copy", lambda *_: pytest.fail("measured again"))
+    assert walked(recipe(), tmp_path / "out")["chosen"] == chosen.record["chosen"]
+    with pytest.raises(SettingsError, match="does not search"):
+        help_search(recipe(search=None))
+
+
+def test_exact_widths(recipe: Make, tmp_path: Path) -> None:
+    shape = {"layer": 5, "neuron": 300, "channel": 112, "head": 1}
+    asked = recipe(search=None, keep=None, shape=shape, axes=list(shape), divisors={})
+    run(asked, tmp_path / "out", page=no_page)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert (config.num_hidden_layers, config.intermediate_size, config.hidden_size) == (5, 300, 112)
+    assert config.num_attention_heads == config.num_key_value_heads == 4
+
+
+def test_what_cannot_be_searched(recipe: Make, tmp_path: Path) -> None:
+    def refused(error: type[Exception], says: str, **changes: Any) -> None:
+        with pytest.raises(error, match=says):
+            run(recipe(**changes), tmp_path / "out", page=no_page)
+        assert not (tmp_path / "out").exists()
+
+    refused(BudgetError, "none of 72 shapes", keep="10%")
+    refused(BudgetError, "is not understood", search={"also": ["fast"]})
+    refused(BudgetError, "is not understood", search={"latency": "quick"})
+    refused(SettingsError, "without a budget", keep=None)
+    refused(SettingsError, "shape and keep", shape={"layer": 5})
+    refused(SettingsError, "1 to 6", search={"choices": {"layer": [7]}})
+    refused(TextError, "used up", calibration={"tokens": 10**8})
+    only: dict[str, Any] = {"axes": ["neuron"], "divisors": {}}
+    refused(SettingsError, "1 to 352", search=None, keep=None, shape={"neuron": 400}, **only)
+    with pytest.raises(UnknownName, match=r"search\.speed"):
+        recipe(search={"speed": 1})
+
+
+def test_heads_of_a_model_without_groups(recipe: Make) -> None:
+    asked = recipe()
+    grouped = anatomy_of(make("llama"))
+    single = anatomy_of(make("gpt_neox"))
+    assert searching.fitted(asked, grouped).axes == asked.axes
+    assert searching.fitted(asked, single).axes == ("layer", "group", "neuron", "channel")
+
+
+def test_a_search_belongs_to_its_code(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of regrow measures anew."""
+    help_search(recipe(search={"rank_tokens": 0}))
+    monkeypatch.setattr(caching, "code", lambda: "other")
+    seen = []
+    real = searching.cut_copy
+    monkeypatch.setattr(searching, "cut_copy", lambda *given: seen.append(1) or real(*given))
+    help_search(recipe(search={"rank_tokens": 0}))
+    assert len(seen) == 3
+
+
+def test_realised_widths_are_those_asked_for(recipe: Make) -> None:
+    from regrow.kept import scored
+    from regrow.prepare import as_wish
+
+    asked = recipe()
+    subject = load(asked.model)
+    scores, wish = scored(subject, asked, {}, None), as_wish(asked)
+    assert wish is not None
+    for point in searching.candidates(subject, asked).points:
+        plan = realise(subject.anatomy, scores, wish, searching.totals_of(subject.anatomy, point))
+        small = cut_copy(subject, plan)
+        round_to(small.model, subject.store)
+        assert small.model.num_parameters() == searching.count(subject.anatomy, plan.shape())
+        assert wish.budget.count(subject.anatomy, plan.shape()) <= wish.budget.target(subject.anatomy)
