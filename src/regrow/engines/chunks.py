@@ -1,0 +1,34 @@
+"""What takes hours to make and is made in pieces: every piece a file, so that a run which stops loses one piece.
+
+A file is whole or not there. What this gives up: pieces made by several processes at once; each makes all it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from regrow.cache import replacing
+
+
+def in_chunks(
+    folder: Path, count: int, size: int, make: Callable[[slice], dict[str, Tensor]], *, say: Callable[[int], None]
+) -> list[Path]:
+    """Files of `size` rows each, of `count` rows in all; `make` gives the tensors of some rows, unless they are there.
+
+    `say` is told how many rows are done.
+    """
+    files = []
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        path = folder / f"{start // size}.safetensors"
+        if not path.exists():
+            tensors = make(rows)
+            with replacing(path) as partial:
+                save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial)
+        files.append(path)
+        say(rows.stop)
+    return files
