@@ -144,6 +144,9 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
     if trained is not None and trained.tokens:
         held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
         flops, made = 3 * cut.flops_per_token, trained.micro_batch * trained.block * logits
+        if trained.teacher is not None and (more := trained.distil.teacher_tokens):
+            whole = 4 * TRAIN_COPIES["full"] * dense.parameters + 4 * cut.parameters + made
+            rows.append(_row("correct the teacher", more, 3 * dense.flops_per_token, round(whole), gflops))
         if trained.teacher is not None:  # taken to be as large as the dense model; logits come in pieces then
             held, flops, made = held + 4 * dense.parameters, flops + dense.flops_per_token, 4 * PIECES * head.NUMBERS
         rows.append(_row("recover", trained.tokens, flops, held + made, gflops))

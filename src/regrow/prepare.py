@@ -21,6 +21,7 @@ from regrow.engines import checkpoint, masks, moving_masks, processes, provenanc
 from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
+from regrow.engines.kept_teacher import check_k
 from regrow.engines.match import check_depths
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, is_rows, shared
@@ -29,7 +30,7 @@ from regrow.settings import BASE, KEEPS, KEEPS_CUT, Recipe, Recover
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
-from regrow.stages.recover import WHOLE, as_train
+from regrow.stages.recover import WHOLE, as_train, check_lesson
 from regrow.stages.score import Choice, choose, reads_text
 
 HELDOUT_TOKENS = 4096  # that the curve of a recovery is measured on
@@ -55,6 +56,8 @@ def check_words(recipe: Recipe) -> Wish | None:
         as_train(asked, recipe.seed)
         DIVERGENCES.get(asked.loss).check(asked.distil.options)
         LIKENESSES.get(asked.distil.likeness).check(asked.distil.likeness_options)
+        if asked.teacher is not None:
+            check_lesson(asked)
         if recipe.dtype == "fp16":
             raise SettingsError(
                 "recovery in fp16, where gradients of deep models vanish",
@@ -215,6 +218,8 @@ def check_tongue(subject: Subject, recipe: Recipe) -> None:
     checkpoint.check_files(folder)
     tokenizer = checkpoint.read_tokenizer(folder, config, trust_remote_code=trust)
     check_teacher(subject.model.config, config, subject.tokenizer, tokenizer)
+    if asked.distil.cache is not None:
+        check_k(asked.distil.cache, subject.model.config.vocab_size, config.vocab_size)
     check_depths(
         LIKENESSES.get(asked.distil.likeness),
         asked.distil.states,

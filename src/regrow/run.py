@@ -28,7 +28,6 @@ from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import checkpoint, processes, products
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
-from regrow.engines.distil import Teacher
 from regrow.engines.hetero import Holder, holder
 from regrow.engines.resume import weights_fingerprint
 from regrow.engines.texts import fingerprint, unanswered
@@ -54,9 +53,9 @@ from regrow.stages import sparsify
 from regrow.stages.apply import apply
 from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
 from regrow.stages.export import export
-from regrow.stages.load import load, read_model
+from regrow.stages.load import load, read_teacher
 from regrow.stages.plan import Wish, make_plan, unprotected
-from regrow.stages.recover import Recovered, recover, warning
+from regrow.stages.recover import Recovered, recover, stage_of, warning
 
 Page = Callable[[Report, Plan | None, Scores | None, str], Mapping[str, str]]  # files to lie beside the model
 
@@ -325,7 +324,7 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     """Train the cut model; returns how it went and the folder of its checkpoints, which nobody else trains in."""
     asked = recipe.recover
     assert asked is not None
-    teacher = None if asked.teacher is None else _teacher(asked.teacher, recipe)
+    teacher = read_teacher(recipe)
     inputs = {
         "model": subject.source["fingerprint"],
         "weights": weights_fingerprint(subject.model),
@@ -343,7 +342,7 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         recovery_text(subject, asked, part, count=count, seed=seed) for part, count, seed in recovery_parts(recipe)
     )
     empty = unanswered(asked.text)  # now, while the text is surely there
-    say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
+    say = None if progress is None else lambda done, total, what: progress(stage_of(what), done, total)
     with cache.held(work, "this recovery") if processes.first() else nullcontext():
         found = recover(
             subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
@@ -355,10 +354,3 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     if empty:
         found = replace(found, notes=(*found.notes, f"{empty:,} rows of the recovery text have no answer: left out"))
     return found, work
-
-
-def _teacher(name: str, recipe: Recipe) -> Teacher:
-    """Any causal model, whether it can be cut or not."""
-    return Teacher(
-        *read_model(name, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
-    )

@@ -35,7 +35,7 @@ from regrow.kept import Progress, read_by
 from regrow.prepare import recovery_text
 from regrow.settings import Recipe, Recover
 from regrow.stages.apply import cut_copy
-from regrow.stages.load import read_model
+from regrow.stages.load import read_teacher
 from regrow.stages.plan import Wish, realise
 from regrow.stages.recover import recover
 from regrow.study import Beat, Point, Study
@@ -47,6 +47,8 @@ DECODED: Mapping[str, Any] = {
     "batches": (1,),
     "repeats": 3,
 }  # what a latency is measured on
+PLAIN: Mapping[str, Any] = {"cache": None, "teacher_tokens": 0, "preferences": None}
+"""Candidates learn from the teacher itself, as it is."""
 SPEED = "speed/decode_ms_per_token/batch1"
 
 
@@ -270,7 +272,8 @@ class _Work:
         """The recovery of the recipe, shortened; its rate stays as it is after warm-up, so that parts are alike."""
         own = self.recipe.recover or ranking(self.recipe)
         short = {"tokens": self.asked.rank_tokens, "schedule": "constant", "until": mark, "patience": None}
-        return own.model_copy(update={**short, "report_to": (), "resume": True})
+        plain = own.distil.model_copy(update=PLAIN)
+        return own.model_copy(update={**short, "report_to": (), "resume": True, "distil": plain})
 
     def teacher(self, train: Recover) -> Teacher | Subject | None:
         """The model itself, where it is the one that is named."""
@@ -279,8 +282,7 @@ class _Work:
         recipe = self.recipe
         if train.teacher == recipe.model:
             return self.subject
-        trust = recipe.trust_remote_code
-        return Teacher(*read_model(train.teacher, dtype=recipe.dtype, device=recipe.device, trust_remote_code=trust))
+        return read_teacher(recipe.model_copy(update={"recover": train}))
 
     def loss(self, small: Subject) -> float:
         """Nats a token. Raises `BrokenModel` when it is not finite."""

@@ -118,6 +118,35 @@ class Distil(_Part):
         allow_inf_nan=False,
         description="of that comparison; null = in every pass as much as the loss has",
     )
+    teacher_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None,
+        description="what the teacher computes in; null = as the run does, on a GPU as its files are stored",
+    )
+    teacher_tokens: int = Field(
+        default=0, ge=0, description="tokens of the same text on which the teacher itself is trained first, all of it"
+    )
+    teacher_share: float = Field(
+        default=0.2,
+        gt=0,
+        allow_inf_nan=False,
+        description="its peak rate, as a share of `recover.learning_rate`; where adapters learn, of the rate of `full`",
+    )
+    cache: int | None = Field(
+        default=None,
+        gt=100,
+        description="ask the teacher once, before the training, and keep so many of the likeliest tokens of each "
+        "position on disk (8 bytes each), with the chance of all others; null = it stays in memory and is asked anew",
+    )
+    preferences: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="instead of `loss`: what the teacher writes shall be so many nats likelier than what the student "
+        "wrote at the start (PLaD's margin); null = off",
+    )
+    by_length: bool = Field(default=False, description="of `preferences`: nats a token, not of the whole continuation")
+    prompt: float = Field(default=0.5, gt=0, lt=1, description="share of a block that models go on from")
+    sampling: float = Field(default=0.9, gt=0, allow_inf_nan=False, description="temperature at which models write")
 
 
 class Recover(_Part):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from regrow.artifacts.goal import Divergence
-from regrow.engines.head import PROBE, Head, final_states, head_of, mean_over_tokens, trusted_head
+from regrow.engines.head import PROBE, Head, Measure, final_states, head_of, mean_over_tokens, trusted_head
 from regrow.engines.match import Heard, Matcher, listening
 from regrow.engines.objective import Answer, Objective
 from regrow.engines.packed import learnt
@@ -116,29 +116,48 @@ class FromTeacher:
         with ExitStack() as stack:
             heard = stack.enter_context(listening(own, self.matcher.match)) if self.matcher else {}
             final = final_states(model, ids)  # (b, T, C)
-        return (final.flatten(0, 1) if mask is None else final[:, :-1][mask.to(final.device)]), heard
+        return counting(final, mask), heard
 
     def _predictions(
         self, head: Head, theirs: Tensor, ours: Tensor, following: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Divergence, and the next token beside it, in one go through the vocabulary; states are (n, C)."""
+        """Divergence, and the next token beside it; states are (n, C)."""
         rows = min(len(head.weight), len(self.head.weight))
-        head, known = head.first(rows), self.head.first(rows)
-        sums = {"divergence": torch.zeros((), device=ours.device)}
-        told = (following >= 0).sum().clamp_min(1)
+        known = self.head.first(rows)
 
-        def measure(logits: Tensor, piece: slice) -> Tensor:
+        def measure(logits: Tensor, piece: slice) -> Tensor:  # (p,)
             with torch.no_grad():
                 expected = known.logits(theirs[piece].to(known.weight.dtype))
-            each = self.divergence.measure(expected, logits, **self.options)  # (p,)
-            sums["divergence"] += each.detach().sum() / len(ours)
-            if not self.text:
-                return each
-            next_one = cross_entropy(logits, following[piece], ignore_index=-100, reduction="none")
-            sums["next_token"] = sums.get("next_token", 0.0) + next_one.detach().sum() / told
-            return each + self.text * next_one * (len(ours) / told)
+            return self.divergence.measure(expected, logits, **self.options)
 
-        return mean_over_tokens(head, ours, measure), sums
+        return predictions(head.first(rows), ours, following, measure, self.text)
+
+
+def predictions(
+    head: Head, ours: Tensor, following: Tensor, measure: Measure, text: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean of `measure` over states (n, C) and `text` times the next token, in one go through the vocabulary.
+
+    `following` (n,) int64 is the next token, -100 where none is. Returns the loss () fp32 and its parts.
+    """
+    sums = {"divergence": torch.zeros((), device=ours.device)}
+    told = (following >= 0).sum().clamp_min(1)
+
+    def both(logits: Tensor, piece: slice) -> Tensor:
+        each = measure(logits, piece)  # (p,)
+        sums["divergence"] += each.detach().sum() / len(ours)
+        if not text:
+            return each
+        next_one = cross_entropy(logits, following[piece], ignore_index=-100, reduction="none")
+        sums["next_token"] = sums.get("next_token", 0.0) + next_one.detach().sum() / told
+        return each + text * next_one * (len(ours) / told)
+
+    return mean_over_tokens(head, ours, both), sums
+
+
+def counting(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Of `values` (b, T, ...) those at positions that count, (n, ...); `mask` (b, T - 1) bool, None: all."""
+    return values.flatten(0, 1) if mask is None else values[:, :-1][mask.to(values.device)]
 
 
 def targets(batch: Mapping[str, Tensor]) -> Tensor:  # (n,) int64

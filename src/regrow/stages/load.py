@@ -12,8 +12,10 @@ import torch
 
 from regrow.engines import checkpoint, processes, provenance
 from regrow.engines.bind import Subject, bind
+from regrow.engines.distil import Teacher
 from regrow.engines.hetero import PREFIX
 from regrow.errors import SettingsError, UnsupportedModel
+from regrow.settings import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +52,20 @@ def read_model(
     )
     source = {**provenance.notes(folder, model), "path": str(folder), "fingerprint": provenance.fingerprint(folder)}
     return loaded, tokenizer, source if model == "demo" else {**source, "asked": model}
+
+
+def read_teacher(recipe: Recipe) -> Teacher | None:
+    """Who teaches the recovery of a recipe, if anybody: any causal model, whether it can be cut or not."""
+    asked = recipe.recover
+    if asked is None or asked.teacher is None:
+        return None
+    folder, device = checkpoint.locate(asked.teacher), pick_device(recipe.device)
+    stored = {kind: name for name, kind in DTYPES.items()}.get(checkpoint.check_files(folder), recipe.dtype)
+    usual = "fp32" if asked.distil.teacher_tokens else stored if device.startswith("cuda") else recipe.dtype
+    dtype = asked.distil.teacher_dtype or usual
+    return Teacher(
+        *read_model(asked.teacher, dtype=dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    )
 
 
 def as_dtype(name: str) -> torch.dtype:

@@ -6,26 +6,35 @@ LoRA, which says so, and AST, which moves them and says how many. What this give
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from regrow import cache
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.engines import checkpoint, masks, moving_masks
 from regrow.engines.adapters import add_adapters, merge, moved
 from regrow.engines.bind import Subject
+from regrow.engines.correction import correct
 from regrow.engines.distil import FromTeacher, Teacher, check_teacher, checked_head
+from regrow.engines.kept_teacher import FromKept, Kept, keep
 from regrow.engines.match import Match, Matcher
 from regrow.engines.objective import Loss, Objective, next_token
 from regrow.engines.packed import Packed, as_packed
+from regrow.engines.pairs import Draw, Preferred, prompt_of, written
+from regrow.engines.resume import fingerprint, weights_fingerprint
+from regrow.engines.room import give_back
+from regrow.engines.tokens import separator
 from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.trained import Shapes, cut_and_norms, only
-from regrow.settings import Recover
+from regrow.errors import SettingsError
+from regrow.settings import RATES, Recover
 
 Progress = Callable[[int, int, str], None]
 
@@ -55,19 +64,18 @@ def recover(
 ) -> Recovered:
     """Train `subject.model` on `blocks` (n, T) int64: all weights, or adapters that are merged afterwards.
 
-    `folder` holds checkpoints: an interrupted recovery goes on where it stopped. Raises `IdentityError` when a zero of
+    `folder` holds checkpoints: an interrupted recovery goes on where it stopped. A teacher is corrected in place, and
+    emptied (its weights become "meta") where what it said is kept. Raises `IdentityError` when a zero of
     a sparse model was filled by a method that keeps them, and `SettingsError` when there is none for `ast` to move.
     """
     model: Any = subject.model
     device, dtype = model.device, model.dtype
-    goal: Loss | Objective = next_token
+    held = None if heldout is None else as_packed(heldout, "held-out text")
+    lesson = _Lesson(next_token, as_packed(blocks), held, as_train(settings, seed))
     if teacher is not None:
-        check_teacher(model.config, teacher.model.config, subject.tokenizer, teacher.tokenizer)
-        checked_head(model, "student")
-        goal = learning_from(teacher.model, model, settings)
-    empty, numbers = masks.masks_of(model, subject.anatomy), as_train(settings, seed)
-    text = as_packed(blocks)
-    zeros = _while_training(model, empty, settings.method, numbers.steps(text.ids.shape[1]))
+        lesson = _taught(subject, teacher, lesson, settings, folder, progress)
+    empty = masks.masks_of(model, subject.anatomy)
+    zeros = _while_training(model, empty, settings.method, lesson.numbers.steps(lesson.text.ids.shape[1]))
     adapted = settings.method not in WHOLE
     if adapted:
         kind, alpha = settings.method.removesuffix("-masked"), settings.alpha
@@ -76,7 +84,14 @@ def recover(
     chosen = cut_and_norms(model, _before(subject, teacher)) if settings.method == "cut" else None
     with zeros, only(model, chosen):
         result = train(
-            model, text, numbers, folder=folder, loss=goal, heldout=heldout, resume=settings.resume, progress=progress
+            model,
+            lesson.text,
+            lesson.numbers,
+            folder=folder,
+            loss=lesson.goal,
+            heldout=lesson.heldout,
+            resume=settings.resume,
+            progress=progress,
         )
     stopped = (f"recovery: {result.stopped}",) if result.stopped else ()
     notes = _little(moved(model, subject.store), subject) if adapted else ()
@@ -87,7 +102,162 @@ def recover(
     subject.model.to(device=device, dtype=dtype)  # the trainer moves models, and adapters are merged in fp32
     if settings.method == "ast" and empty is not None:
         notes = _elsewhere(subject.model, empty)
-    return Recovered(result, (*stopped, *notes))
+    return Recovered(result, (*lesson.notes, *stopped, *notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """What is lowered on which blocks, by which numbers; what a reader must know of it."""
+
+    goal: Loss | Objective
+    text: Packed
+    heldout: Packed | None
+    numbers: TrainSettings
+    notes: tuple[str, ...] = ()
+
+
+def _taught(
+    subject: Subject,
+    teacher: Teacher | Subject,
+    lesson: _Lesson,
+    settings: Recover,
+    folder: Path,
+    progress: Progress | None,
+) -> _Lesson:
+    """The lesson that a teacher gives, who is corrected first where that is asked, and emptied once he has said all."""
+    student, asked = subject.model, settings.distil
+    check_teacher(student.config, teacher.model.config, subject.tokenizer, teacher.tokenizer)
+    checked_head(student, "student")
+    check_lesson(settings)
+    teacher.model.eval().requires_grad_(False)
+    if asked.teacher_tokens:
+        lesson = _corrected(teacher.model, lesson, settings, folder / "teacher", progress)
+    if asked.preferences is not None:
+        lesson = _by_pairs(subject, teacher.model, lesson, settings, progress)
+    elif asked.cache is not None:
+        lesson = _by_kept(student, teacher.model, lesson, settings, progress)
+    else:
+        return replace(lesson, goal=learning_from(teacher.model, student, settings))
+    teacher.model.to("meta")
+    give_back()
+    return lesson
+
+
+def _corrected(teacher: Any, lesson: _Lesson, settings: Recover, folder: Path, progress: Progress | None) -> _Lesson:
+    """The teacher is trained on the lesson's text, or was before."""
+    asked = settings.distil
+    peak = (settings.learning_rate if settings.method in WHOLE else None) or RATES["full"]
+    own = {"tokens": asked.teacher_tokens, "learning_rate": asked.teacher_share * peak, "patience": None}
+    numbers = as_train(settings.model_copy(update={**own, "report_to": ()}), lesson.numbers.seed)
+    made_by = {"teacher": weights_fingerprint(teacher), "text": _text_of(lesson.text), "numbers": numbers.decisive()}
+    found = correct(
+        teacher,
+        lesson.text,
+        numbers,
+        folder=folder,
+        kept=cache.cache_dir("teachers") / f"{_key(made_by)}.safetensors",
+        heldout=lesson.heldout,
+        resume=settings.resume,
+        progress=_saying("correcting the teacher", progress),
+    )
+    fell = "" if found.before is None else f": its held-out loss went from {found.before:.3f} to {found.after:.3f} nats"
+    note = f"the teacher was trained on {asked.teacher_tokens:,} tokens of the recovery text{fell}"
+    return replace(lesson, notes=(*lesson.notes, note))
+
+
+def _by_kept(student: Any, teacher: Any, lesson: _Lesson, settings: Recover, progress: Progress | None) -> _Lesson:
+    """What the teacher predicts for all blocks is on disk."""
+    asked, rows = settings.distil, _shared(student, teacher)
+    assert asked.cache is not None
+    kept = Kept(asked.cache, rows, weights_fingerprint(teacher))
+    for text in (lesson.text, lesson.heldout):
+        if text is not None:
+            made_by = {"teacher": kept.teacher, "blocks": fingerprint(text.ids), "k": kept.k, "rows": rows}
+            say = _counting("asking the teacher", text, progress)
+            keep(teacher, text.ids, kept, _folder("predictions", made_by), batch=settings.micro_batch, say=say)
+    goal = FromKept(kept, DIVERGENCES.get(settings.loss), asked.options, text=asked.text)
+    return replace(lesson, goal=goal)
+
+
+def _by_pairs(subject: Subject, teacher: Any, lesson: _Lesson, settings: Recover, progress: Progress | None) -> _Lesson:
+    """Both have gone on from as many blocks as the training sees; its rows are pairs, of two blocks each."""
+    student, asked, block = subject.model, settings.distil, lesson.text.ids.shape[1]
+    assert asked.preferences is not None
+    prompt, rows = prompt_of(asked.prompt, block), _shared(student, teacher)
+    draw = Draw(prompt, asked.sampling, lesson.numbers.seed, rows)
+
+    def pairs(text: Packed) -> Packed:
+        made_by = {
+            "teacher": weights_fingerprint(teacher),
+            "student": weights_fingerprint(student),
+            "blocks": fingerprint(text.ids),
+            "draw": asdict(draw),
+        }
+        say = _counting("writing pairs", text, progress)
+        where = _folder("pairs", made_by)
+        return Packed(written(teacher, student, text.ids, draw, where, batch=settings.micro_batch, say=say))
+
+    goal = Preferred(asked.preferences, prompt, separator(subject.tokenizer), by_length=asked.by_length)
+    seen = lesson.numbers.steps(2 * block) * lesson.numbers.batch
+    heldout = None if lesson.heldout is None else pairs(lesson.heldout)
+    numbers = replace(lesson.numbers, divergence=math.inf)  # nats of whole continuations rise and fall by dozens
+    return replace(lesson, goal=goal, text=pairs(Packed(lesson.text.ids[:seen])), heldout=heldout, numbers=numbers)
+
+
+def check_lesson(settings: Recover) -> None:
+    """Raise `SettingsError` for ways to learn from a teacher that do not go together."""
+    asked = settings.distil
+    pairs, kept = asked.preferences is not None, asked.cache is not None
+    why = None
+    if kept and asked.options.get("temperature", 1) != 1:
+        why = "recover.distil.cache at another temperature", "temperature 1: tokens kept as one cannot be tempered"
+    elif (kept or pairs) and asked.states:
+        what = "preferences" if pairs else "cache"
+        why = (
+            f"recover.distil.{what} and states",
+            "one of them: states need the teacher itself while the student learns",
+        )
+    elif pairs and kept:
+        why = "recover.distil.preferences and cache", "one of them: preferences need no predictions"
+    elif pairs and (asked.text or settings.learn != "all"):
+        what = "recover.distil.text" if asked.text else "learn: answers"
+        why = f"recover.distil.preferences and {what}", "preferences alone: what is learnt is what models wrote"
+    elif asked.teacher_tokens and asked.teacher_dtype in ("bf16", "fp16"):
+        why = f"a teacher in {asked.teacher_dtype} that is to be trained", "fp32, where small updates are not rounded"
+    if why is not None:
+        raise SettingsError(*why, "leave one of the two out")
+
+
+def stage_of(said: str) -> str:
+    """What a step of the progress is of: a training says its loss, what comes before it what it is."""
+    return "recovery" if said.startswith("loss ") else said
+
+
+def _saying(what: str, progress: Progress | None) -> Progress | None:
+    return None if progress is None else lambda done, total, _: progress(done, total, what)
+
+
+def _counting(what: str, text: Packed, progress: Progress | None) -> Callable[[int], None]:
+    """Tells blocks as tokens."""
+    count, block = text.ids.shape
+    return lambda done: None if progress is None else progress(done * block, count * block, what)
+
+
+def _key(made_by: Mapping[str, Any]) -> str:
+    return cache.key({**made_by, "code": cache.code()})
+
+
+def _folder(kind: str, made_by: Mapping[str, Any]) -> Path:
+    return cache.cache_dir(kind, _key(made_by))
+
+
+def _text_of(text: Packed) -> list[str | None]:
+    return [fingerprint(text.ids), None if text.learn is None else fingerprint(text.learn)]
+
+
+def _shared(student: Any, teacher: Any) -> int:
+    """Tokens of the vocabulary that both know; what lies behind them pads it."""
+    return min(len(model.get_output_embeddings().weight) for model in (student, teacher))
 
 
 def _before(subject: Subject, teacher: Teacher | Subject | None) -> Shapes:

@@ -1,0 +1,77 @@
+"""Teacher correction: before it teaches, a teacher learns the text that its student will see (Minitron in practice).
+
+A teacher that never saw this text predicts it less well than it could. All its weights train by next token; the result
+is kept by itself, so that the next student of the same teacher finds it. What this gives up: weights in 16 bits, and
+what the teacher knew and this text does not say.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from regrow.cache import replacing
+from regrow.engines.objective import next_token
+from regrow.engines.packed import Packed
+from regrow.engines.train import train
+from regrow.engines.train_settings import TrainSettings
+from regrow.engines.watch import Progress
+
+
+class Corrected(NamedTuple):
+    """Mean nats a token on held-out text before and after; None where there was no such text."""
+
+    before: float | None
+    after: float | None
+
+
+def correct(
+    teacher: Any,
+    text: Packed,
+    settings: TrainSettings,
+    *,
+    folder: Path,
+    kept: Path,
+    heldout: Packed | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> Corrected:
+    """Train `teacher` (fp32) in place on `text`, or take the weights that the file `kept` holds of the same training.
+
+    `folder` holds checkpoints, so an interrupted training goes on. Weights end frozen, in `kept` too. Raises what
+    `train` raises. arXiv:2408.11796.
+    """
+    weights = dict(teacher.named_parameters())
+    if kept.exists():
+        with safe_open(kept, "pt") as file, torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(file.get_tensor(name))
+            return Corrected(*json.loads(file.metadata()["losses"]))
+    device = teacher.device
+    before = heldout_loss(teacher, heldout, settings.micro_batch)
+    teacher.requires_grad_(True)
+    train(teacher, text, settings, folder=folder, heldout=heldout, resume=resume, progress=progress)
+    teacher.requires_grad_(False).eval().to(device)
+    found = Corrected(before, heldout_loss(teacher, heldout, settings.micro_batch))
+    with replacing(kept) as partial:
+        whole = {name: weight.detach().contiguous() for name, weight in weights.items()}
+        save_file(whole, partial, metadata={"losses": json.dumps(found)})
+    return found
+
+
+@torch.no_grad()
+def heldout_loss(model: Any, text: Packed | None, size: int) -> float | None:
+    """Mean nats of what is learnt of `text`, `size` blocks in a pass; None of no text."""
+    if text is None:
+        return None
+    targets, total = text.targets(), 0.0  # (n,)
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
+        batch = {name: value.to(model.device) for name, value in text.batch(rows).items()}
+        total += float(next_token(model, batch)) * int(targets[rows].sum())
+    return total / int(targets.sum())
