@@ -98,10 +98,16 @@ class FromTeacher:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
         with torch.no_grad():
-            theirs, heard = self._run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
-        ours, mine = self._run(model, bare(model), ids, mask)
-        loss, parts = self._predictions(
-            needed_head(bare(model), "student"), theirs.to(ours.device), ours, targets(batch)
+            told = self.run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
+        return self.compare(told, self.run(model, bare(model), ids, mask), needed_head(bare(model), "student"), batch)
+
+    def compare(
+        self, told: tuple[Tensor, Heard], own: tuple[Tensor, Heard], head: Head, batch: Mapping[str, Tensor]
+    ) -> Answer:
+        """What the student lowers, from what `run` gave of the teacher and of itself, and the student's head."""
+        (theirs, heard), (ours, mine), mask = told, own, learnt(batch)
+        loss, parts = self.predictions(
+            self.head, head, theirs.to(ours.device), ours, following=targets(batch), text=self.text
         )
         if self.matcher is not None:
             states = self.matcher(heard, mine, mask)
@@ -111,19 +117,21 @@ class FromTeacher:
             loss = loss + states * (even if weight is None else weight)
         return (loss, parts) if len(parts) > 1 else loss
 
-    def _run(self, model: Any, own: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Heard]:
+    def run(self, model: Any, own: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Heard]:
         """States that the head receives where they count (n, C), and what was heard on the way."""
         with ExitStack() as stack:
             heard = stack.enter_context(listening(own, self.matcher.match)) if self.matcher else {}
             final = final_states(model, ids)  # (b, T, C)
         return (final.flatten(0, 1) if mask is None else final[:, :-1][mask.to(final.device)]), heard
 
-    def _predictions(
-        self, head: Head, theirs: Tensor, ours: Tensor, following: Tensor
+    def predictions(
+        self, known: Head, head: Head, theirs: Tensor, ours: Tensor, *, following: Tensor, text: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Divergence, and the next token beside it, in one go through the vocabulary; states are (n, C)."""
-        rows = min(len(head.weight), len(self.head.weight))
-        head, known = head.first(rows), self.head.first(rows)
+        """Divergence of who learns (`head` of `ours`) from who is learnt from (`known` of `theirs`), and so much of the
+        next token beside it, in one go through the vocabulary; states are (n, C), tokens that are `following` (n,).
+        """
+        rows = min(len(head.weight), len(known.weight))
+        head, known = head.first(rows), known.first(rows)
         sums = {"divergence": torch.zeros((), device=ours.device)}
         told = (following >= 0).sum().clamp_min(1)
 
@@ -132,11 +140,11 @@ class FromTeacher:
                 expected = known.logits(theirs[piece].to(known.weight.dtype))
             each = self.divergence.measure(expected, logits, **self.options)  # (p,)
             sums["divergence"] += each.detach().sum() / len(ours)
-            if not self.text:
+            if not text:
                 return each
             next_one = cross_entropy(logits, following[piece], ignore_index=-100, reduction="none")
             sums["next_token"] = sums.get("next_token", 0.0) + next_one.detach().sum() / told
-            return each + self.text * next_one * (len(ours) / told)
+            return each + text * next_one * (len(ours) / told)
 
         return mean_over_tokens(head, ours, measure), sums
 
