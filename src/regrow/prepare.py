@@ -54,6 +54,7 @@ def check_words(recipe: Recipe) -> Wish | None:
         as_train(asked, recipe.seed)
         DIVERGENCES.get(asked.loss).check(asked.distil.options)
         LIKENESSES.get(asked.distil.likeness).check(asked.distil.likeness_options)
+        _check_policy(asked)
         if recipe.dtype == "fp16":
             raise SettingsError(
                 "recovery in fp16, where gradients of deep models vanish",
@@ -67,6 +68,21 @@ def check_words(recipe: Recipe) -> Wish | None:
                 "use --dtype fp32, or adapters, such as recover.method=spp of a sparse model and lora of another",
             )
     return wish
+
+
+def _check_policy(asked: Recover) -> None:
+    """Raise `SettingsError` where text that the student writes would be taken for text that is right."""
+    distil = asked.distil
+    if asked.teacher is None or not distil.on_policy:
+        return
+    for name, value in (("text", distil.text), ("online_rate", distil.online_rate)):
+        if value:
+            raise SettingsError(
+                f"recover.distil.{name} = {value:g} beside on_policy = {distil.on_policy:g}: the next token to learn "
+                "would be the student's own",
+                "one of them",
+                "leave one out",
+            )
 
 
 def check(recipe: Recipe) -> Wish | None:

@@ -118,6 +118,24 @@ class Distil(_Part):
         allow_inf_nan=False,
         description="of that comparison; null = in every pass as much as the loss has",
     )
+    on_policy: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of passes in which the student writes the rest of every block, and learns on that alone",
+    )
+    prompt: float = Field(
+        default=0.5, gt=0, lt=1, allow_inf_nan=False, description="share of a block that it goes on from then"
+    )
+    sampling: float = Field(default=0.9, gt=0, allow_inf_nan=False, description="the temperature that it writes at")
+    online_rate: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="peak rate of LoRA in the teacher, which learns beside the student; null = it stays as it is",
+    )
+    online_rank: int = Field(default=8, ge=1, description="of that LoRA")
 
 
 class Recover(_Part):

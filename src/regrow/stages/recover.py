@@ -1,7 +1,8 @@
 """Stage recover: a short training puts back some of what the cut took; weights end rounded to the storage type.
 
-The goal is the text's next token, or a teacher's predictions. Of a sparse model every zero stays, except under plain
-LoRA, which says so, and AST, which moves them and says how many. What this gives up: a mixture of both goals.
+The goal is the text's next token, or a teacher's predictions, of the text or of what the student writes. Of a sparse
+model every zero stays, except under plain LoRA, which says so, and AST, which moves them and says how many. What this
+gives up: a mixture of both goals.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from regrow.engines.bind import Subject
 from regrow.engines.distil import FromTeacher, Teacher, check_teacher, checked_head
 from regrow.engines.match import Match, Matcher
 from regrow.engines.objective import Loss, Objective, next_token
+from regrow.engines.on_policy import OnPolicy, Policy
+from regrow.engines.online_teacher import FromOnlineTeacher
 from regrow.engines.packed import Packed, as_packed
 from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
@@ -61,10 +64,11 @@ def recover(
     model: Any = subject.model
     device, dtype = model.device, model.dtype
     goal: Loss | Objective = next_token
+    before = _before(subject, teacher)  # a teacher that learns too is given adapters
     if teacher is not None:
         check_teacher(model.config, teacher.model.config, subject.tokenizer, teacher.tokenizer)
         checked_head(model, "student")
-        goal = learning_from(teacher.model, model, settings)
+        goal = learning_from(teacher.model, model, settings, seed)
     empty, numbers = masks.masks_of(model, subject.anatomy), as_train(settings, seed)
     text = as_packed(blocks)
     zeros = _while_training(model, empty, settings.method, numbers.steps(text.ids.shape[1]))
@@ -73,7 +77,7 @@ def recover(
         kind, alpha = settings.method.removesuffix("-masked"), settings.alpha
         assert alpha is not None  # twice the rank where none was named
         model = add_adapters(model, kind, rank=settings.rank, alpha=alpha, dropout=settings.dropout or 0.0, seed=seed)
-    chosen = cut_and_norms(model, _before(subject, teacher)) if settings.method == "cut" else None
+    chosen = cut_and_norms(model, before) if settings.method == "cut" else None
     with zeros, only(model, chosen):
         result = train(
             model, text, numbers, folder=folder, loss=goal, heldout=heldout, resume=settings.resume, progress=progress
@@ -97,14 +101,24 @@ def _before(subject: Subject, teacher: Teacher | Subject | None) -> Shapes:
     return {tensor.name: tensor.shape for tensor in subject.anatomy.tensors}
 
 
-def learning_from(teacher: Any, student: Any, settings: Recover) -> Objective:
-    """What a student lowers: a divergence from the teacher, the text beside it, likeness of states."""
+def learning_from(teacher: Any, student: Any, settings: Recover, seed: int) -> Objective:
+    """What a student lowers: a divergence from the teacher, the text beside it, likeness of states; of the text, or of
+    what it writes itself."""
     asked, matcher = settings.distil, None
     if asked.states:
         match = Match(LIKENESSES.get(asked.likeness), asked.states, asked.weight, asked.likeness_options)
         matcher = Matcher(match, student, teacher)
     loss = DIVERGENCES.get(settings.loss)
-    return FromTeacher(teacher, loss, asked.options, text=asked.text, matcher=matcher).objective
+    also: dict[str, Any] = {"text": asked.text, "matcher": matcher}
+    if asked.online_rate is None:
+        goal = FromTeacher(teacher, loss, asked.options, **also).objective
+    else:
+        rate, rank = asked.online_rate, asked.online_rank
+        goal = FromOnlineTeacher(teacher, loss, asked.options, rate=rate, rank=rank, seed=seed, **also).objective
+    if not asked.on_policy:
+        return goal
+    tokens = min(len(model.get_input_embeddings().weight) for model in (teacher, student))
+    return OnPolicy(goal, Policy(asked.on_policy, asked.prompt, asked.sampling, tokens), seed).objective
 
 
 def _while_training(model: Any, empty: masks.Masks | None, method: str, steps: int) -> AbstractContextManager[None]:
