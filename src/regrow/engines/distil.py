@@ -129,6 +129,7 @@ class FromTeacher:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Divergence of who learns (`head` of `ours`) from who is learnt from (`known` of `theirs`), and so much of the
         next token beside it, in one go through the vocabulary; states are (n, C), tokens that are `following` (n,).
+        Gradients go to who learns alone.
         """
         rows = min(len(head.weight), len(known.weight))
         head, known = head.first(rows), known.first(rows)
