@@ -223,7 +223,7 @@ def test_the_rate_is_its_own(tmp_path: Path) -> None:
     goal, before = online(teacher, 3e-3), weights(student)
     asked = settings(tokens=STEP, warmup=0, schedule="constant", learning_rate=1e-4)
     train(student, patterns(), asked, folder=tmp_path, loss=goal.objective)
-    gone = [float(adapter.abs().max()) for adapter in goal.adapters if adapter.shape[1] == 2]
+    gone = [adapter.abs().max().item() for adapter in goal.adapters if adapter.shape[1] == 2]
     assert len(gone) == 2 * 7
     assert gone == pytest.approx([3e-3] * 14, rel=1e-2)
     assert max(float((w - before[n]).abs().max()) for n, w in weights(student).items()) == pytest.approx(1e-4, rel=1e-2)
