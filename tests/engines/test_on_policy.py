@@ -19,7 +19,7 @@ from regrow.engines.adapters import add_adapters
 from regrow.engines.distil import FromTeacher
 from regrow.engines.loop import BESIDE
 from regrow.engines.match import Match, Matcher
-from regrow.engines.objective import Answer, Objective
+from regrow.engines.objective import Answer, Objective, next_token
 from regrow.engines.on_policy import OnPolicy, Policy, stream, written
 from regrow.engines.resume import newest
 from regrow.engines.train import train
@@ -209,6 +209,13 @@ def test_held_out_text_is_neither_written_nor_counted(monkeypatch: pytest.Monkey
     assert int(goal.passes) == 0
 
 
+def test_what_a_loss_says_of_its_weights_stays() -> None:
+    groups, apart = [{"params": [], "lr": 1.0}], [{"params": [], "lr": 2.0}]
+    goal = OnPolicy(Objective(next_token, groups, apart=apart), policy(), 0).objective
+    assert (goal.groups, goal.apart) == (groups, apart)
+    assert goal.beside is goal.loss
+
+
 def test_states_are_compared_where_it_wrote() -> None:
     student, teacher = pair(hidden_size=12)
     match = Match(LIKENESSES.get("cosine"), (1,), 1.0)
@@ -240,6 +247,9 @@ def run(folder: Path, *, after: int | None = None, share: float = 0.5, **changes
 def test_it_resumes_bit_for_bit(tmp_path: Path, after: int) -> None:
     whole, goal = run(tmp_path / "whole", save_every=1)
     assert int(goal.passes) == 12
+    assert isinstance(goal.beside, Matcher)
+    assert goal.beside.projection is not None
+    assert not torch.equal(goal.beside.projection.weight, torch.eye(32, 16)), "what was beside the loss still learns"
     run(tmp_path / "cut", after=after + 1, save_every=1)
     found = newest(tmp_path / "cut")
     assert found is not None
