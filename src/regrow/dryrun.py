@@ -25,7 +25,7 @@ from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
 from regrow.errors import MissingDemo
 from regrow.prepare import check_words, chosen_criteria
-from regrow.settings import Evaluate, Recipe
+from regrow.settings import Distil, Evaluate, Recipe
 from regrow.sparse_costs import sparse_bytes, sparse_flops
 from regrow.stages import sparsify
 from regrow.stages.load import as_dtype
@@ -149,9 +149,16 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
             rows.append(_row("correct the teacher", more, 3 * dense.flops_per_token, round(whole), gflops))
         if trained.teacher is not None:  # taken to be as large as the dense model; logits come in pieces then
             held, flops, made = held + 4 * dense.parameters, flops + dense.flops_per_token, 4 * PIECES * head.NUMBERS
+            flops += _by_themselves(trained.distil, dense, cut)
         rows.append(_row("recover", trained.tokens, flops, held + made, gflops))
     rows.append(_row("measure after", measured, cut.flops_per_token, 4 * cut.parameters + answers, gflops))
     return rows
+
+
+def _by_themselves(asked: Distil, dense: Costs, cut: Costs) -> int:
+    """FLOPs a token of a student that writes, and of a teacher that learns: gradients pass through it, and its frozen
+    weights get none."""
+    return round(asked.on_policy * cut.flops_per_token) + (asked.online_rate is not None) * dense.flops_per_token
 
 
 def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops: float) -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ def check_words(recipe: Recipe) -> Wish | None:
         LIKENESSES.get(asked.distil.likeness).check(asked.distil.likeness_options)
         if asked.teacher is not None:
             check_lesson(asked)
+        _check_policy(asked)
         if recipe.dtype == "fp16":
             raise SettingsError(
                 "recovery in fp16, where gradients of deep models vanish",
@@ -94,6 +95,21 @@ def check_asked_shape(recipe: Recipe) -> None:
             "processes that share its study: each is a command of its own",
             "search with `regrow search` and as many `regrow search --worker` as you like, then recover the folder",
         )
+
+
+def _check_policy(asked: Recover) -> None:
+    """Raise `SettingsError` where text that the student writes would be taken for text that is right."""
+    distil = asked.distil
+    if asked.teacher is None or not distil.on_policy:
+        return
+    for name, value in (("text", distil.text), ("online_rate", distil.online_rate)):
+        if value:
+            raise SettingsError(
+                f"recover.distil.{name} = {value:g} beside on_policy = {distil.on_policy:g}: the next token to learn "
+                "would be the student's own",
+                "one of them",
+                "leave one out",
+            )
 
 
 def check(recipe: Recipe) -> Wish | None:

@@ -47,7 +47,7 @@ DECODED: Mapping[str, Any] = {
     "batches": (1,),
     "repeats": 3,
 }  # what a latency is measured on
-PLAIN: Mapping[str, Any] = {"cache": None, "teacher_tokens": 0, "preferences": None}
+PLAIN: Mapping[str, Any] = {"cache": None, "teacher_tokens": 0, "preferences": None, "online_rate": None}
 """Candidates learn from the teacher itself, as it is."""
 SPEED = "speed/decode_ms_per_token/batch1"
 

@@ -147,6 +147,20 @@ class Distil(_Part):
     by_length: bool = Field(default=False, description="of `preferences`: nats a token, not of the whole continuation")
     prompt: float = Field(default=0.5, gt=0, lt=1, description="share of a block that models go on from")
     sampling: float = Field(default=0.9, gt=0, allow_inf_nan=False, description="temperature at which models write")
+    on_policy: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of passes in which the student writes the rest of every block, and learns on that alone",
+    )
+    online_rate: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="peak rate of LoRA in the teacher, which learns beside the student; null = it stays as it is",
+    )
+    online_rank: int = Field(default=8, ge=1, description="of that LoRA")
 
 
 class Recover(_Part):

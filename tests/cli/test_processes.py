@@ -31,10 +31,12 @@ def narrow(regrow: Command, model: Path, out: Path) -> Path:
 def test_two_processes_leave_what_one_leaves(
     regrow: Command, sprout_dir: Path, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
-    """A teacher with other widths, states compared through a projection, which is averaged over processes too."""
+    """A teacher with other widths and adapters that learn, states compared through a projection: both are averaged over
+    processes too."""
     cut = narrow(regrow, sprout_dir, tmp_path / "cut")
     states = ("--set", "recover.distil.states=[0,1]")
-    asked = ["recover", cut, "--teacher", sprout_dir, "--loss", "forward_kl", *states, *SHORT]
+    online = ("--set", "recover.distil.online_rate=1e-3")
+    asked = ["recover", cut, "--teacher", sprout_dir, "--loss", "forward_kl", *states, *online, *SHORT]
     two, one = tmp_path / "two", tmp_path / "one"
     command = [sys.executable, "-m", *launcher, "-m", "regrow", *asked, "--out", two, "--json"]
     own = {**os.environ, "REGROW_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

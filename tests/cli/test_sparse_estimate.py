@@ -55,7 +55,9 @@ def test_flags_reach_the_zeros(regrow: Command, sprout_dir: Path) -> None:
 
 
 def test_recovery_by_hand(sprout_dir: Path) -> None:
-    """Weights, gradients and two moments, logits of a micro-batch; a teacher beside, its pass, and pieces of logits."""
+    """Weights, gradients and two moments, logits of a micro-batch; a teacher beside, its pass, and pieces of logits.
+    A student that writes, or a teacher that learns, reads each token once more.
+    """
     found = {}
     for method, teacher in (("spp", None), ("full", None), ("ast", None), ("spp", "base")):
         asked = {"method": method, "tokens": 10**7, "block": 32, "micro_batch": 2, "teacher": teacher}
@@ -71,6 +73,14 @@ def test_recovery_by_hand(sprout_dir: Path) -> None:
     taught = found["spp", "base"]
     assert taught["minutes"] == pytest.approx(4 / 3 * found["spp", None]["minutes"], rel=0.01)
     assert taught["peak_gb"] == pytest.approx((2 * whole + 4 * 6 * 2**22) / 1e9, abs=6e-4)
+    for distil, more in (({"on_policy": 0.5}, 0.5), ({"online_rate": 0.0}, 1)):
+        recover = {"method": "spp", "tokens": 10**7, "block": 32, "teacher": "base", "distil": distil}
+        (row,) = (
+            row
+            for row in dry_run(parse({"model": str(sprout_dir), "keep": None, "recover": recover}), gflops=10)["stages"]
+            if row["stage"] == "recover"
+        )
+        assert row["minutes"] == pytest.approx((4 + more) / 3 * found["spp", None]["minutes"], rel=0.01)
 
 
 @pytest.mark.parametrize(

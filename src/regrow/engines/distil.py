@@ -98,10 +98,16 @@ class FromTeacher:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
         with torch.no_grad():
-            theirs, heard = self._run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
-        ours, mine = self._run(model, bare(model), ids, mask)
-        loss, parts = self._predictions(
-            needed_head(bare(model), "student"), theirs.to(ours.device), ours, targets(batch)
+            told = self.run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
+        return self.compare(told, self.run(model, bare(model), ids, mask), needed_head(bare(model), "student"), batch)
+
+    def compare(
+        self, told: tuple[Tensor, Heard], own: tuple[Tensor, Heard], head: Head, batch: Mapping[str, Tensor]
+    ) -> Answer:
+        """What the student lowers, from what `run` gave of the teacher and of itself, and the student's head."""
+        (theirs, heard), (ours, mine), mask = told, own, learnt(batch)
+        loss, parts = self.predictions(
+            self.head, head, theirs.to(ours.device), ours, following=targets(batch), text=self.text
         )
         if self.matcher is not None:
             states = self.matcher(heard, mine, mask)
@@ -111,26 +117,29 @@ class FromTeacher:
             loss = loss + states * (even if weight is None else weight)
         return (loss, parts) if len(parts) > 1 else loss
 
-    def _run(self, model: Any, own: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Heard]:
+    def run(self, model: Any, own: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Heard]:
         """States that the head receives where they count (n, C), and what was heard on the way."""
         with ExitStack() as stack:
             heard = stack.enter_context(listening(own, self.matcher.match)) if self.matcher else {}
             final = final_states(model, ids)  # (b, T, C)
         return counting(final, mask), heard
 
-    def _predictions(
-        self, head: Head, theirs: Tensor, ours: Tensor, following: Tensor
+    def predictions(
+        self, known: Head, head: Head, theirs: Tensor, ours: Tensor, *, following: Tensor, text: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Divergence, and the next token beside it; states are (n, C)."""
-        rows = min(len(head.weight), len(self.head.weight))
-        known = self.head.first(rows)
+        """Divergence of who learns (`head` of `ours`) from who is learnt from (`known` of `theirs`), and so much of the
+        next token beside it, in one go through the vocabulary; states are (n, C), tokens that are `following` (n,).
+        Gradients go to who learns alone.
+        """
+        rows = min(len(head.weight), len(known.weight))
+        head, known = head.first(rows), known.first(rows)
 
         def measure(logits: Tensor, piece: slice) -> Tensor:  # (p,)
             with torch.no_grad():
                 expected = known.logits(theirs[piece].to(known.weight.dtype))
             return self.divergence.measure(expected, logits, **self.options)
 
-        return predictions(head.first(rows), ours, following, measure, self.text)
+        return predictions(head, ours, following, measure, text)
 
 
 def predictions(

@@ -27,7 +27,8 @@ class Objective:
     """A loss with optimiser groups of its own, in AdamW's words: `params`, and perhaps `lr`, `maximize`, `betas` ...
 
     The schedule scales the rate of every group; weight decay is 0 where a group does not say. Every tensor must be a
-    parameter of the model or of `beside`. What is in no group stays as it is. No groups: all that can be trained.
+    parameter of the model or of `beside`. What is in no group stays as it is. No groups: all that can be trained, and
+    `apart` says of tensors beside the model what is not as usual, a rate of their own.
 
     `beside` holds what learns with the model and is no part of it, a projection or gates, and what the loss must
     remember. It is moved, averaged over processes, saved and restored as the model is; its gradients are not clipped.
@@ -36,6 +37,7 @@ class Objective:
     loss: Loss
     groups: Sequence[Mapping[str, Any]] | None = None
     beside: nn.Module | None = None
+    apart: Sequence[Mapping[str, Any]] = ()
 
 
 def next_token(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -64,11 +66,14 @@ def groups_of(model: nn.Module, objective: Objective, weight_decay: float) -> li
     own = [p for p in model.parameters() if p.requires_grad]
     beside = [] if objective.beside is None else list(objective.beside.parameters())
     if objective.groups is None:
+        own_way = [{**group, "params": list(group["params"])} for group in objective.apart]
+        others = {id(p) for group in own_way for p in group["params"]}
         matrices, vectors = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
         groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors},
-            {"params": beside},
+            {"params": [p for p in beside if id(p) not in others]},
+            *own_way,
         ]
     else:
         groups = [{**group, "params": list(group["params"])} for group in objective.groups]

@@ -1,7 +1,8 @@
 """Stage recover: a short training puts back some of what the cut took; weights end rounded to the storage type.
 
-The goal is the text's next token, or a teacher's predictions. Of a sparse model every zero stays, except under plain
-LoRA, which says so, and AST, which moves them and says how many. What this gives up: a mixture of both goals.
+The goal is the text's next token, or a teacher's predictions, of the text or of what the student writes. Of a sparse
+model every zero stays, except under plain LoRA, which says so, and AST, which moves them and says how many. What this
+gives up: a mixture of both goals.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from regrow.engines.distil import FromTeacher, Teacher, check_teacher, checked_h
 from regrow.engines.kept_teacher import FromKept, Kept, keep
 from regrow.engines.match import Match, Matcher
 from regrow.engines.objective import Loss, Objective, next_token
+from regrow.engines.on_policy import OnPolicy, Policy
+from regrow.engines.online_teacher import FromOnlineTeacher
 from regrow.engines.packed import Packed, as_packed
 from regrow.engines.pairs import Draw, Preferred, prompt_of, written
 from regrow.engines.resume import fingerprint, weights_fingerprint
@@ -70,6 +73,7 @@ def recover(
     """
     model: Any = subject.model
     device, dtype = model.device, model.dtype
+    before = _before(subject, teacher)  # a teacher that learns too is given adapters
     held = None if heldout is None else as_packed(heldout, "held-out text")
     lesson = _Lesson(next_token, as_packed(blocks), held, as_train(settings, seed))
     if teacher is not None:
@@ -81,7 +85,7 @@ def recover(
         kind, alpha = settings.method.removesuffix("-masked"), settings.alpha
         assert alpha is not None  # twice the rank where none was named
         model = add_adapters(model, kind, rank=settings.rank, alpha=alpha, dropout=settings.dropout or 0.0, seed=seed)
-    chosen = cut_and_norms(model, _before(subject, teacher)) if settings.method == "cut" else None
+    chosen = cut_and_norms(model, before) if settings.method == "cut" else None
     with zeros, only(model, chosen):
         result = train(
             model,
@@ -137,7 +141,7 @@ def _taught(
     elif asked.cache is not None:
         lesson = _by_kept(student, teacher.model, lesson, settings, progress)
     else:
-        return replace(lesson, goal=learning_from(teacher.model, student, settings))
+        return replace(lesson, goal=learning_from(teacher.model, student, settings, lesson.numbers.seed))
     teacher.model.to("meta")
     give_back()
     return lesson
@@ -222,6 +226,9 @@ def check_lesson(settings: Recover) -> None:
     elif pairs and (asked.text or settings.learn != "all"):
         what = "recover.distil.text" if asked.text else "learn: answers"
         why = f"recover.distil.preferences and {what}", "preferences alone: what is learnt is what models wrote"
+    elif (pairs or kept) and (asked.on_policy or asked.online_rate is not None):
+        what, other = "preferences" if pairs else "cache", "on_policy" if asked.on_policy else "online_rate"
+        why = f"recover.distil.{what} and {other}", "one of them: the other asks the teacher while the student learns"
     elif asked.teacher_tokens and asked.teacher_dtype in ("bf16", "fp16"):
         why = f"a teacher in {asked.teacher_dtype} that is to be trained", "fp32, where small updates are not rounded"
     if why is not None:
@@ -267,14 +274,24 @@ def _before(subject: Subject, teacher: Teacher | Subject | None) -> Shapes:
     return {tensor.name: tensor.shape for tensor in subject.anatomy.tensors}
 
 
-def learning_from(teacher: Any, student: Any, settings: Recover) -> Objective:
-    """What a student lowers: a divergence from the teacher, the text beside it, likeness of states."""
+def learning_from(teacher: Any, student: Any, settings: Recover, seed: int) -> Objective:
+    """What a student lowers: a divergence from the teacher, the text beside it, likeness of states; of the text, or of
+    what it writes itself."""
     asked, matcher = settings.distil, None
     if asked.states:
         match = Match(LIKENESSES.get(asked.likeness), asked.states, asked.weight, asked.likeness_options)
         matcher = Matcher(match, student, teacher)
     loss = DIVERGENCES.get(settings.loss)
-    return FromTeacher(teacher, loss, asked.options, text=asked.text, matcher=matcher).objective
+    also: dict[str, Any] = {"text": asked.text, "matcher": matcher}
+    if asked.online_rate is None:
+        goal = FromTeacher(teacher, loss, asked.options, **also).objective
+    else:
+        rate, rank = asked.online_rate, asked.online_rank
+        goal = FromOnlineTeacher(teacher, loss, asked.options, rate=rate, rank=rank, seed=seed, **also).objective
+    if not asked.on_policy:
+        return goal
+    tokens = min(len(model.get_input_embeddings().weight) for model in (teacher, student))
+    return OnPolicy(goal, Policy(asked.on_policy, asked.prompt, asked.sampling, tokens), seed).objective
 
 
 def _while_training(model: Any, empty: masks.Masks | None, method: str, steps: int) -> AbstractContextManager[None]:
