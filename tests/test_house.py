@@ -30,7 +30,7 @@ FLOORS = {
     **dict.fromkeys(("families", "criteria", "spreads", "solvers", "losses", "schedules", "predictors"), 2),
     "engines": 3,
     "stages": 4,
-    **dict.fromkeys(("prepare", "record", "run", "dryrun", "sparse_costs", "search"), 5),
+    **dict.fromkeys(("prepare", "record", "run", "dryrun", "sparse_costs", "references", "search"), 5),
     **dict.fromkeys(("", "__main__", "cli", "page", "door"), 6),
 }
 HOOKED = tuple(f"engines.{name}" for name in ("walk", "inputs", "gates", "head", "match"))

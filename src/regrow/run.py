@@ -47,6 +47,7 @@ from regrow.prepare import (
 )
 from regrow.recipe_files import dump
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
+from regrow.references import notes_of_text, with_references
 from regrow.settings import Calibration, Recipe
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
@@ -96,6 +97,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress) if processes.first() else ({}, [])
     done = _Done(holder(subject.model.config, subject.anatomy, plan))
+    measured_by = with_references(recipe, subject)
     if wish is not None:
         with clock.stage("apply"):
             done = _cut(subject, plan, wish)
@@ -106,7 +108,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done)
         with clock.stage("recover", tokens=recipe.recover.tokens):
-            recovered, work = _recovered(subject, recipe, plan, progress)
+            recovered, work = _recovered(subject, measured_by, plan, progress)
         training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
     if not processes.first():
         return _by_the_first(out)
@@ -367,22 +369,20 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         "seed": recipe.seed,
         "dtype": recipe.dtype,
     }
-    work = cache.cache_dir("recover", cache.key({**inputs, "text": fingerprint(asked.text)}))
+    work = cache.cache_dir("recover", cache.key({**inputs, "text": [*map(fingerprint, asked.sources)]}))
     blocks, heldout = (
         recovery_text(subject, asked, part, count=count, seed=seed) for part, count, seed in recovery_parts(recipe)
     )
-    empty = unanswered(asked.text)  # now, while the text is surely there
+    empty = sum(map(unanswered, asked.sources))  # now, while the text is surely there
+    recipe = with_references(recipe, subject, teacher)
+    asked = recipe.recover or asked
     say = None if progress is None else lambda done, total, _note: progress("recovery", done, total)
     with cache.held(work, "this recovery") if processes.first() else nullcontext():
         found = recover(
             subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
         )
-    text = blocks.ids.numel()
-    if text <= asked.tokens - asked.block:
-        again = f"trained {asked.tokens / text:.1f} times over a recovery text of {text:,} tokens"
-        found = replace(found, notes=(*found.notes, again))
-    if empty:
-        found = replace(found, notes=(*found.notes, f"{empty:,} rows of the recovery text have no answer: left out"))
+    if notes := notes_of_text(asked, blocks, empty, found):
+        found = replace(found, notes=(*found.notes, *notes))
     return found, work
 
 

@@ -131,6 +131,26 @@ class Recover(_Part):
     )
     tokens: int = Field(default=100_000, ge=0, description="how many tokens are trained on; 0 = no recovery")
     text: str = Field(default="demo", description="as in `calibration`")
+    mixture: dict[str, float] = Field(
+        default_factory=dict,
+        description="several sources instead of `text` and how much is read of each, relative: {demo:squad: 1, ...}",
+    )
+    balance: Literal["fixed", "dynamic"] = Field(
+        default="fixed",
+        description="weights of the mixture: fixed, or more of what is further above its reference (Sheared LLaMA)",
+    )
+    balance_every: int | None = Field(
+        default=None, ge=1, description="tokens between two updates of the weights; null = 50 steps"
+    )
+    references: dict[str, float] = Field(
+        default_factory=dict,
+        description="a held-out loss in nats for each source, to compare with; empty = the teacher's, without one that "
+        "of the model which the run begins with",
+    )
+    excess: Literal["signed", "positive"] = Field(
+        default="signed",
+        description="a source below its reference loses weight (signed), or counts as one that has reached it",
+    )
     template: Literal["alpaca", "chat"] | None = Field(
         default=None,
         description="how instructions are written; null = chat where the tokenizer has a chat template, else alpaca",
@@ -189,6 +209,11 @@ class Recover(_Part):
     )
     loss: str = Field(default="forward-kl", description="how far from the teacher; `regrow ls losses`")
     distil: Distil = Field(default=Distil(), description="how the student learns from its teacher")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where its text comes from."""
+        return tuple(sorted(self.mixture)) or (self.text,)
 
     @field_validator("alpha")
     @classmethod
