@@ -43,11 +43,11 @@ class Teacher(NamedTuple):
 
 
 def needed_head(model: Any, who: str) -> Head:
-    """Raises `UnsupportedModel` when the model has no plain linear for a head."""
-    head = head_of(model)
+    """The head of a model in its wrappers. Raises `UnsupportedModel` when it is no plain linear."""
+    head = head_of(bare(model), model)
     if head is None:
         raise UnsupportedModel(
-            f"a {who} whose head is a {type(model.get_output_embeddings()).__name__}",
+            f"a {who} whose head is a {type(bare(model).get_output_embeddings()).__name__}",
             "a linear from states to logits",
             "train without a teacher",
         )
@@ -82,7 +82,8 @@ class FromTeacher:
         text: float = 0.0,
         matcher: Matcher | None = None,
     ) -> None:
-        self.teacher, self.head = teacher.eval(), checked_head(teacher, "teacher")
+        self.teacher = teacher.eval()
+        checked_head(teacher, "teacher")
         self.divergence, self.options = divergence, dict(options or {})
         self.text, self.matcher = text, matcher
         self.by_pass = matcher is not None and matcher.match.weight is None  # what it weighs hangs on the micro-batch
@@ -100,9 +101,7 @@ class FromTeacher:
         with torch.no_grad():
             theirs, heard = self._run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
         ours, mine = self._run(model, bare(model), ids, mask)
-        loss, parts = self._predictions(
-            needed_head(bare(model), "student"), theirs.to(ours.device), ours, targets(batch)
-        )
+        loss, parts = self._predictions(needed_head(model, "student"), theirs.to(ours.device), ours, targets(batch))
         if self.matcher is not None:
             states = self.matcher(heard, mine, mask)
             weight = self.matcher.match.weight
@@ -122,8 +121,9 @@ class FromTeacher:
         self, head: Head, theirs: Tensor, ours: Tensor, following: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Divergence, and the next token beside it, in one go through the vocabulary; states are (n, C)."""
-        rows = min(len(head.weight), len(self.head.weight))
-        head, known = head.first(rows), self.head.first(rows)
+        known = needed_head(self.teacher, "teacher")
+        rows = min(len(head.weight), len(known.weight))
+        head, known = head.first(rows), known.first(rows)
         sums = {"divergence": torch.zeros((), device=ours.device)}
         told = (following >= 0).sum().clamp_min(1)
 

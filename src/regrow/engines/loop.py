@@ -24,6 +24,7 @@ from regrow.engines.domains import by_domain, mean_loss, stream_of
 from regrow.engines.mixture import Weights
 from regrow.engines.objective import Objective
 from regrow.engines.packed import Packed, share
+from regrow.engines.sharding import shard_teacher
 from regrow.engines.train_settings import TrainSettings, rate
 from regrow.errors import BrokenModel, OutputError, SettingsError
 
@@ -52,6 +53,7 @@ class Loop(Trainer):  # type: ignore[misc]
         self.weights = None if settings.mixture is None else Weights(settings.mixture)
         stream = stream_of(text, settings, arguments.max_steps, self.weights)
         super().__init__(model, arguments, train_dataset=stream)
+        shard_teacher(objective, self.accelerator)
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:

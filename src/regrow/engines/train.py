@@ -21,6 +21,7 @@ from regrow.engines.loop import Loop, arguments_of
 from regrow.engines.objective import Loss, Objective, as_objective, groups_of, next_token
 from regrow.engines.packed import Packed, as_packed
 from regrow.engines.resume import fingerprint, open_run, weights_fingerprint
+from regrow.engines.sharding import whole_again
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.watch import Progress, Watch
 
@@ -64,7 +65,7 @@ def train(
     if settings.mixture is not None:
         check_domains(settings.mixture, text, measured)
     began = time.perf_counter()
-    with _as_it_was(model, settings.checkpointing):
+    with _as_it_was(model, settings.checkpointing), whole_again(model):
         arguments = arguments_of(settings, settings.steps(text.ids.shape[1]), folder, next(model.parameters()).device)
         start = open_run(folder, _identity(model, text, settings, groups, objective), resume=resume)
         trainer = Loop(model, text, settings, objective, arguments)
