@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor, distributed
 from torch.distributed.fsdp import fully_shard
-from training import VOCAB, patterns
+from training import VOCAB, Stop, patterns, settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
+from regrow.engines.adapters import add_adapters
 from regrow.engines.distil import FromTeacher
 from regrow.engines.domains import by_domain, joined
 from regrow.engines.head import head_of
 from regrow.engines.match import Match, Matcher
+from regrow.engines.mixture import Mixture
+from regrow.engines.objective import Answer, Objective
 from regrow.engines.packed import Packed
 from regrow.engines.sharding import shard, whole_again
+from regrow.engines.train import train
 
 STEPS = 3
 Found = dict[str, Any]
@@ -89,8 +97,72 @@ def learn(spread: Callable[[Any], None] | None, tied: bool) -> tuple[LlamaForCau
     return student, {"losses": torch.stack(losses).tolist(), "held": held}
 
 
+class Plug:
+    """A loss that is pulled out of the wall after so many passes."""
+
+    def __init__(self, loss: FromTeacher, passes: int) -> None:
+        self.loss, self.teacher, self.left, self.__name__ = loss, loss.teacher, passes, loss.__name__
+
+    def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Answer:
+        self.left -= model.training
+        if self.left < 0:
+            raise Stop
+        return self.loss(model, batch)
+
+
+def trained(folder: Path, *, micro_batch: int, adapters: bool, passes: int = 1000) -> tuple[Any, list[Any]]:
+    """Six steps by the house's own loop."""
+    student, teacher = llama(16, 24, False, 0), llama(32, 48, False, 1)
+    loss = FromTeacher(teacher, DIVERGENCES.get("forward-kl"))
+    model = add_adapters(student, rank=2, dropout=0.0) if adapters else student
+    text, heldout = (joined([Packed(patterns(8, s)), Packed(patterns(8, s + 1))]) for s in (0, 2))
+    mixture = Mixture(("one", "other"), (1.0, 2.0), 2, (2.0, 3.0))
+    asked = settings(micro_batch=micro_batch, learning_rate=1e-3, evaluate_every=3, mixture=mixture)
+    result = train(model, text, asked, folder=folder, loss=Objective(Plug(loss, passes)), heldout=heldout)
+    return model, list(result.losses)
+
+
+def as_if_on_gpus() -> None:
+    """accelerate shards on GPUs alone and trains whole copies elsewhere, told to shard or not."""
+    os.environ |= {
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+    usual = AcceleratorState.__init__
+
+    def told(self: Any, *given: Any, **named: Any) -> None:
+        usual(self, *given, **named)
+        if named.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, named["fsdp_plugin"]
+
+    AcceleratorState.__init__ = told
+
+
+def by_accelerate(out: Path) -> None:
+    """A process makes two passes a step, so nine end in the fifth; it goes on from the checkpoint of the third."""
+    for adapters in (False, True):
+        folder = out / f"adapters-{adapters}"
+        with suppress(Stop):
+            trained(folder, micro_batch=1, adapters=adapters, passes=9)
+            raise AssertionError("it was not interrupted")
+        model, records = trained(folder, micro_batch=1, adapters=adapters)
+        if distributed.get_rank() == 0:
+            torch.save({"state": model.state_dict(), "records": records}, folder / "end.pt")
+
+
 def main(out: Path) -> None:
-    distributed.init_process_group("gloo")
+    as_if_on_gpus()
+    by_accelerate(out)
+    raw(out / "raw.json")
+    distributed.destroy_process_group()
+
+
+def raw(out: Path) -> None:
     ways = {"blocks and root": shard, "as accelerate does": as_accelerate_does, "at once": everything_at_once}
     report: dict[str, Found] = {}
     for tied in (False, True):
@@ -114,7 +186,6 @@ def main(out: Path) -> None:
             }
     if distributed.get_rank() == 0:
         out.write_text(json.dumps(report), encoding="utf-8")
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Weights spread over processes (FSDP2), and whole again: a teacher is spread as accelerate spreads its student.
 
-Sharding itself is tested on two processes without a GPU; what accelerate does with it has never been run, since it
-needs GPUs. What this gives up: FSDP of version 1, and loading less than the whole model in every process.
+Tested on two processes without a GPU, where accelerate must be talked into it; never run on GPUs. What this gives up:
+FSDP of version 1, checkpoints of whole weights, and loading less than the whole model in every process.
 """
 
 from __future__ import annotations
@@ -35,13 +35,21 @@ def shard(model: Any, **policy: Any) -> None:
 def shard_teacher(objective: Objective, accelerator: Any) -> None:
     """Where accelerate is about to spread the student, spread the teacher of its loss by the same policy.
 
-    Raises `SettingsError` for FSDP of version 1, and for weights beside the model, which accelerate cannot place.
+    Raises `SettingsError` for FSDP of version 1, for checkpoints of whole weights, which are not read back, and for
+    weights beside the model, which accelerate cannot place.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
     if not accelerator.is_fsdp2:
         raise SettingsError("FSDP of version 1", "fsdp_version: 2", "change it in accelerate's configuration")
+    kind = str(plugin.state_dict_type)
+    if "SHARDED" not in kind:
+        raise SettingsError(
+            f"checkpoints of whole weights ({kind})",
+            "fsdp_state_dict_type: SHARDED_STATE_DICT",
+            "change it in accelerate's configuration",
+        )
     if objective.beside is not None and any(True for _ in objective.beside.parameters()):
         raise SettingsError(
             "weights that learn beside a sharded model, such as a projection between states",
