@@ -96,8 +96,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     plan, scores = _planned(subject, recipe, wish, clock, progress)
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress) if processes.first() else ({}, [])
-    done = _Done(holder(subject.model.config, subject.anatomy, plan))
-    measured_by = with_references(recipe, subject)
+    done, aimed = _Done(holder(subject.model.config, subject.anatomy, plan)), with_references(recipe, subject)
     if wish is not None:
         with clock.stage("apply"):
             done = _cut(subject, plan, wish)
@@ -108,7 +107,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done)
         with clock.stage("recover", tokens=recipe.recover.tokens):
-            recovered, work = _recovered(subject, measured_by, plan, progress)
+            recovered, work = _recovered(subject, aimed, plan, progress)
         training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
     if not processes.first():
         return _by_the_first(out)
