@@ -33,6 +33,7 @@ def with_references(recipe: Recipe, subject: Subject, teacher: Teacher | None = 
     who = subject if teacher is None else teacher
     inputs = {
         "model": who.source["fingerprint"],
+        "read by": subject.source["fingerprint"],
         "text": {source: fingerprint(source) for source in asked.sources},
         "how": asked.model_dump(include={"block", "template", "learn"}),
         "dtype": recipe.dtype,

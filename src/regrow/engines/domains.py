@@ -51,7 +51,7 @@ class Drawn(Stream):
         assert packed.domain is not None
         self.packed, self.weights, self.steps, self.batch = packed, weights, steps, settings.batch
         self.sequence, self.targets = [], packed.targets()  # (n,)
-        self.means: list[Tensor] = []  # () each, of a step
+        self.usual: list[Tensor] = []  # () each, of a step
         self.chance = torch.Generator().manual_seed(settings.seed)
         self.blocks = [(packed.domain == d).nonzero()[:, 0].tolist() for d in range(len(weights.mixture.names))]
         self.turns = [rounds(len(own), settings.seed + 1 + d) for d, own in enumerate(self.blocks)]
@@ -62,14 +62,14 @@ class Drawn(Stream):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         while len(self.sequence) <= index:
             self._draw()
-        return {**self.packed.batch(self.sequence[index]), "usual": self.means[index // self.batch]}
+        return super().__getitem__(index)
 
     def _draw(self) -> None:
-        chances = torch.tensor(self.weights.at(len(self.means) + 1), dtype=torch.float64)  # (domains,)
+        chances = torch.tensor(self.weights.at(len(self.usual) + 1), dtype=torch.float64)  # (domains,)
         drawn = torch.multinomial(chances, self.batch, replacement=True, generator=self.chance).tolist()
         here = [self.blocks[domain][next(self.turns[domain])] for domain in drawn]
         self.sequence += here
-        self.means.append(self.targets[here].float().mean())
+        self.usual.append(self.targets[here].float().mean())
 
 
 def stream_of(text: Packed, settings: TrainSettings, steps: int, weights: Weights | None) -> Stream:

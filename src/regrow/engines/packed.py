@@ -92,7 +92,7 @@ class Stream(Dataset[dict[str, Tensor]]):
     def __init__(self, packed: Packed, sequence: Tensor, batch: int) -> None:
         self.packed, self.batch = packed, batch
         self.sequence: list[int] = sequence.tolist()
-        self.usual = packed.targets()[sequence].view(-1, batch).float().mean(1)  # (steps,)
+        self.usual: Tensor | list[Tensor] = packed.targets()[sequence].view(-1, batch).float().mean(1)  # (steps,)
 
     def __len__(self) -> int:
         return len(self.sequence)
