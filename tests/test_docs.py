@@ -27,7 +27,8 @@ from regrow.dryrun import dry_run
 from regrow.engines.bind import Subject, bind
 from regrow.prepare import check
 from regrow.recipe_files import overlay, read_recipe
-from regrow.settings import PARTS, Recipe, Recover, Sparsify, parse
+from regrow.recovery import Recover
+from regrow.settings import PARTS, Recipe, Sparsify, parse
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
 from regrow.stages.load import load

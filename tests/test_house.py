@@ -25,12 +25,12 @@ REPO = Path(__file__).parents[1]
 SRC = REPO / "src" / "regrow"
 
 FLOORS = {
-    **dict.fromkeys(("errors", "registry", "settings", "recipe_files", "cache"), 0),
+    **dict.fromkeys(("errors", "registry", "settings", "recovery", "recipe_files", "cache"), 0),
     "artifacts": 1,
     **dict.fromkeys(("families", "criteria", "spreads", "solvers", "losses", "schedules", "predictors"), 2),
     "engines": 3,
     "stages": 4,
-    **dict.fromkeys(("prepare", "record", "run", "dryrun", "sparse_costs", "search", "kept", "study"), 5),
+    **dict.fromkeys(("prepare", "record", "run", "kept", "search", "study", "dryrun", "sparse_costs", "references"), 5),
     **dict.fromkeys(("", "__main__", "cli", "page", "door"), 6),
 }
 HOOKED = tuple(f"engines.{name}" for name in ("walk", "inputs", "gates", "head", "match"))

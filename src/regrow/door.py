@@ -9,8 +9,9 @@ from regrow.artifacts.report import Report
 from regrow.cli.finish import pages
 from regrow.kept import Progress
 from regrow.recipe_files import find_recipe, overlay, read_recipe
+from regrow.recovery import Recover
 from regrow.run import run
-from regrow.settings import SPARSE_CALIBRATION, Recover, Sparsify, parse
+from regrow.settings import SPARSE_CALIBRATION, Sparsify, parse
 
 
 def prune(

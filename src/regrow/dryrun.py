@@ -25,7 +25,8 @@ from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
 from regrow.errors import MissingDemo
 from regrow.prepare import check_words, chosen_criteria
-from regrow.settings import Distil, Evaluate, Recipe
+from regrow.recovery import Distil
+from regrow.settings import Evaluate, Recipe
 from regrow.sparse_costs import sparse_bytes, sparse_flops
 from regrow.stages import sparsify
 from regrow.stages.load import as_dtype

@@ -21,12 +21,14 @@ from regrow.engines import checkpoint, masks, moving_masks, processes, provenanc
 from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
+from regrow.engines.domains import joined
 from regrow.engines.kept_teacher import check_k
 from regrow.engines.match import check_depths
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, is_rows, shared
 from regrow.errors import RegrowWarning, SettingsError, TextError
-from regrow.settings import BASE, KEEPS, KEEPS_CUT, Recipe, Recover
+from regrow.recovery import BASE, KEEPS, KEEPS_CUT, Recover
+from regrow.settings import Recipe
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
@@ -125,7 +127,8 @@ def check(recipe: Recipe) -> Wish | None:
     if asked is not None and asked.tokens:
         if asked.teacher not in (None, BASE):
             checkpoint.locate(str(asked.teacher))
-        tokens.check_lessons(documents(asked.text, "recovery"), asked.template, asked.learn)
+        for source in asked.sources:
+            tokens.check_lessons(documents(source, "recovery"), asked.template, asked.learn)
     return wish
 
 
@@ -138,7 +141,7 @@ def _check_apart(recipe: Recipe) -> None:
     if calibrates(recipe):
         used.append((recipe.calibration.text, "calibration"))
     if recipe.recover is not None and recipe.recover.tokens:
-        used.append((recipe.recover.text, "recovery"))
+        used += [(source, "recovery") for source in recipe.recover.sources]
     rows = is_rows(Path(file))
     texts = [document.text for document in documents(file, None)] if rows else [read_text(file)[1]]
     for source, part in used:
@@ -297,17 +300,21 @@ def recovery_parts(recipe: Recipe) -> tuple[tuple[Part, int, int], ...]:
 
 
 def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, seed: int) -> Packed:
-    """`count` tokens of a part of the text that a recovery asks for, with what of them is learnt."""
-    return tokens.lessons(
-        documents(asked.text, part),
-        subject.tokenizer,
-        block=asked.block,
-        tokens=count,
-        seed=seed,
-        template=asked.template,
-        learn=asked.learn,
-        what=f"the {part} part of {asked.text}",
-    )
+    """`count` tokens of a part of each text that a recovery asks for, with what of them is learnt."""
+    found = [
+        tokens.lessons(
+            documents(source, part),
+            subject.tokenizer,
+            block=asked.block,
+            tokens=count,
+            seed=seed,
+            template=asked.template,
+            learn=asked.learn,
+            what=f"the {part} part of {source}",
+        )
+        for source in asked.sources
+    ]
+    return joined(found) if asked.mixture else found[0]
 
 
 def calibrates(recipe: Recipe) -> bool:

@@ -47,6 +47,7 @@ from regrow.prepare import (
 )
 from regrow.recipe_files import dump
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
+from regrow.references import notes_of_text, with_references
 from regrow.search import Chosen, check_search, fitted, search
 from regrow.settings import Calibration, Recipe
 from regrow.stages import sparsify
@@ -88,7 +89,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     plan, scores, chosen = _planned(subject, recipe, wish, clock, progress)
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress) if processes.first() else ({}, [])
-    done = _Done(holder(subject.model.config, subject.anatomy, plan))
+    done, aimed = _Done(holder(subject.model.config, subject.anatomy, plan)), with_references(recipe, subject)
     if wish is not None:
         with clock.stage("apply"):
             done = _cut(subject, plan, wish, chosen)
@@ -99,7 +100,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done)
         with clock.stage("recover", tokens=recipe.recover.tokens):
-            recovered, work = _recovered(subject, recipe, plan, progress)
+            recovered, work = _recovered(subject, aimed, plan, progress)
         training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
     if not processes.first():
         return _by_the_first(out)
@@ -337,20 +338,18 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         "seed": recipe.seed,
         "dtype": recipe.dtype,
     }
-    work = cache.cache_dir("recover", cache.key({**inputs, "text": fingerprint(asked.text)}))
+    work = cache.cache_dir("recover", cache.key({**inputs, "text": [*map(fingerprint, asked.sources)]}))
     blocks, heldout = (
         recovery_text(subject, asked, part, count=count, seed=seed) for part, count, seed in recovery_parts(recipe)
     )
-    empty = unanswered(asked.text)  # now, while the text is surely there
+    empty = sum(map(unanswered, asked.sources))  # now, while the text is surely there
+    recipe = with_references(recipe, subject, teacher)
+    asked = recipe.recover or asked
     say = None if progress is None else lambda done, total, what: progress(stage_of(what), done, total)
     with cache.held(work, "this recovery") if processes.first() else nullcontext():
         found = recover(
             subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
         )
-    text = blocks.ids.numel()
-    if text <= asked.tokens - asked.block:
-        again = f"trained {asked.tokens / text:.1f} times over a recovery text of {text:,} tokens"
-        found = replace(found, notes=(*found.notes, again))
-    if empty:
-        found = replace(found, notes=(*found.notes, f"{empty:,} rows of the recovery text have no answer: left out"))
+    if notes := notes_of_text(asked, blocks, empty, found):
+        found = replace(found, notes=(*found.notes, *notes))
     return found, work

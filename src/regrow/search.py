@@ -33,7 +33,8 @@ from regrow.engines.walk import check_finite
 from regrow.errors import BudgetError, TextError
 from regrow.kept import Progress, read_by
 from regrow.prepare import recovery_text
-from regrow.settings import Recipe, Recover
+from regrow.recovery import Recover
+from regrow.settings import Recipe
 from regrow.stages.apply import cut_copy
 from regrow.stages.load import read_teacher
 from regrow.stages.plan import Wish, realise
@@ -249,7 +250,7 @@ class _Work:
         """Loss of each shape once it was trained on `mark` tokens."""
         train = self.training(mark)
         deciding = train.model_dump(mode="json", exclude={"until", "resume", "micro_batch", "checkpointing"})
-        about = {**self.about, "training": deciding, "text": fingerprint(train.text)}
+        about = {**self.about, "training": deciding, "text": {source: fingerprint(source) for source in train.sources}}
         study = Study(self.asked.storage, f"{cache.key(about)} after {mark}")
         teacher = self.teacher(train)
         blocks = recovery_text(self.subject, train, "recovery", count=train.tokens, seed=self.recipe.seed)
@@ -273,7 +274,7 @@ class _Work:
         own = self.recipe.recover or ranking(self.recipe)
         short = {"tokens": self.asked.rank_tokens, "schedule": "constant", "until": mark, "patience": None}
         plain = own.distil.model_copy(update=PLAIN)
-        return own.model_copy(update={**short, "report_to": (), "resume": True, "distil": plain})
+        return own.model_copy(update={**short, "report_to": (), "resume": True, "balance": "fixed", "distil": plain})
 
     def teacher(self, train: Recover) -> Teacher | Subject | None:
         """The model itself, where it is the one that is named."""

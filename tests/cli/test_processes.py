@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = ("accelerate.commands.launch", "--num_processes=2", "--cpu", "--mixed_precision=no", "--num_machines=1",
               "--dynamo_backend=no")  # fmt: skip
+MIXED = ("--set", "recover.mixture={demo:squad: 2, demo:coqa: 1}", "--set", "recover.balance=dynamic",
+         "--set", "recover.balance_every=256")  # fmt: skip
 SHORT = ("--adapter", "full", "--learning-rate", 1e-3, "--tokens", 1024, "--text", "none", "--set", "recover.block=64",
          "--set", "recover.batch=4", "--set", "recover.micro_batch=2", "--set", "evaluate.samples=[]")  # fmt: skip
 
@@ -32,11 +34,11 @@ def test_two_processes_leave_what_one_leaves(
     regrow: Command, sprout_dir: Path, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     """A teacher with other widths and adapters that learn, states compared through a projection: both are averaged over
-    processes too."""
+    processes too; text of two domains, whose weights change after every step, and are the same in both."""
     cut = narrow(regrow, sprout_dir, tmp_path / "cut")
     states = ("--set", "recover.distil.states=[0,1]")
     online = ("--set", "recover.distil.online_rate=1e-3")
-    asked = ["recover", cut, "--teacher", sprout_dir, "--loss", "forward_kl", *states, *online, *SHORT]
+    asked = ["recover", cut, "--teacher", sprout_dir, "--loss", "forward_kl", *states, *online, *MIXED, *SHORT]
     two, one = tmp_path / "two", tmp_path / "one"
     command = [sys.executable, "-m", *launcher, "-m", "regrow", *asked, "--out", two, "--json"]
     own = {**os.environ, "REGROW_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
@@ -53,7 +55,8 @@ def test_two_processes_leave_what_one_leaves(
     for name, value in ours.items():
         assert torch.allclose(value.float(), theirs[name].float(), atol=1e-5), name
     losses = [json.loads((folder / "report.json").read_text())["training"] for folder in (one, two)]
-    assert [x["loss"] for x in losses[0]] == pytest.approx([x["loss"] for x in losses[1]], abs=1e-5)
+    for name in ("loss", "weight demo:squad"):
+        assert [x[name] for x in losses[0]] == pytest.approx([x[name] for x in losses[1]], abs=1e-5)
 
 
 def test_a_device_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from regrow.engines.resume import newest
 from regrow.engines.train import train
 from regrow.errors import SettingsError
 from regrow.losses.jsd import jsd
-from regrow.settings import Recover
+from regrow.recovery import Recover
 from regrow.stages.recover import learning_from
 
 HERE = torch.device("cpu")

@@ -27,7 +27,7 @@ from regrow.engines.online_teacher import FromOnlineTeacher
 from regrow.engines.resume import newest
 from regrow.engines.train import train
 from regrow.errors import SettingsError
-from regrow.settings import Recover
+from regrow.recovery import Recover
 from regrow.stages.recover import learning_from
 
 

@@ -23,7 +23,8 @@ from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks
 from regrow.errors import IdentityError, OutputError, SettingsError, TextError, UnknownName
 from regrow.recipe_files import dump
-from regrow.settings import RATES, Evaluate, Recover, parse
+from regrow.recovery import RATES, Recover
+from regrow.settings import Evaluate, parse
 from regrow.stages import apply as applying
 from regrow.stages.apply import apply
 from regrow.stages.evaluate import check_asked, evaluate, read_text, sizes, write_samples

@@ -26,7 +26,7 @@ from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks
 from regrow.errors import IdentityError, SettingsError, UnknownName
 from regrow.losses.forward_kl import forward_kl
-from regrow.settings import Recover
+from regrow.recovery import Recover
 from regrow.stages import recover as recovering
 from regrow.stages.load import load
 from regrow.stages.recover import recover, warning

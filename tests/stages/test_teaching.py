@@ -21,7 +21,8 @@ from regrow.engines.packed import Packed
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks
 from regrow.errors import SettingsError
-from regrow.settings import RATES, Recipe, Recover
+from regrow.recovery import RATES, Recover
+from regrow.settings import Recipe
 from regrow.stages import recover as recovering
 from regrow.stages.load import load, read_teacher
 from regrow.stages.recover import recover, stage_of

@@ -43,11 +43,11 @@ class Teacher(NamedTuple):
 
 
 def needed_head(model: Any, who: str) -> Head:
-    """Raises `UnsupportedModel` when the model has no plain linear for a head."""
-    head = head_of(model)
+    """The head of a model in its wrappers. Raises `UnsupportedModel` when it is no plain linear."""
+    head = head_of(bare(model), model)
     if head is None:
         raise UnsupportedModel(
-            f"a {who} whose head is a {type(model.get_output_embeddings()).__name__}",
+            f"a {who} whose head is a {type(bare(model).get_output_embeddings()).__name__}",
             "a linear from states to logits",
             "train without a teacher",
         )
@@ -82,7 +82,8 @@ class FromTeacher:
         text: float = 0.0,
         matcher: Matcher | None = None,
     ) -> None:
-        self.teacher, self.head = teacher.eval(), checked_head(teacher, "teacher")
+        self.teacher = teacher.eval()
+        checked_head(teacher, "teacher")
         self.divergence, self.options = divergence, dict(options or {})
         self.text, self.matcher = text, matcher
         self.by_pass = matcher is not None and matcher.match.weight is None  # what it weighs hangs on the micro-batch
@@ -99,7 +100,7 @@ class FromTeacher:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
         with torch.no_grad():
             told = self.run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
-        return self.compare(told, self.run(model, bare(model), ids, mask), needed_head(bare(model), "student"), batch)
+        return self.compare(told, self.run(model, bare(model), ids, mask), needed_head(model, "student"), batch)
 
     def compare(
         self, told: tuple[Tensor, Heard], own: tuple[Tensor, Heard], head: Head, batch: Mapping[str, Tensor]
@@ -107,7 +108,12 @@ class FromTeacher:
         """What the student lowers, from what `run` gave of the teacher and of itself, and the student's head."""
         (theirs, heard), (ours, mine), mask = told, own, learnt(batch)
         loss, parts = self.predictions(
-            self.head, head, theirs.to(ours.device), ours, following=targets(batch), text=self.text
+            needed_head(self.teacher, "teacher"),
+            head,
+            theirs.to(ours.device),
+            ours,
+            following=targets(batch),
+            text=self.text,
         )
         if self.matcher is not None:
             states = self.matcher(heard, mine, mask)

@@ -40,11 +40,23 @@ class Head:
         return self.shape(linear(states, self.weight, self.bias)).float()
 
 
-def head_of(model: Any) -> Head | None:
-    """The head of a model; None when it is no plain linear."""
+def head_of(model: Any, root: Any = None) -> Head | None:
+    """The head of a model; None when it is no plain linear.
+
+    A sharded one (FSDP2) is gathered, by itself or with what `root`, the model in its wrappers, shards with it. It
+    stays so until the backward pass, which brings its gradient to where the others go: take it after every forward.
+    """
     module = model.get_output_embeddings()
-    plain = type_before_parametrizations(module) is nn.Linear  # AST puts masks on a sparse one
-    return Head(module.weight, module.bias, shaping(model.config)) if plain else None
+    kind = type_before_parametrizations(module)  # AST puts masks on a sparse one
+    if hasattr(kind, "unshard"):
+        kind = kind.__bases__[-1]  # FSDP2 puts a class of its own before the linear's
+    if kind is not nn.Linear:
+        return None
+    weight = module.weight
+    if hasattr(weight, "full_tensor"):
+        next(m for m in (module, root, model) if hasattr(m, "unshard")).unshard()
+        weight = module.weight
+    return Head(weight, module.bias, shaping(model.config))
 
 
 def shaping(config: Any) -> Callable[[Tensor], Tensor]:
@@ -90,16 +102,24 @@ def next_token(model: Any, head: Head, ids: Tensor) -> Tensor:  # () fp32
 
 
 def final_states(model: Any, ids: Tensor) -> Tensor:  # (b, T, C)
-    """What the head receives, by way of the model's own forward, so that wrappers of a distributed run see it."""
+    """What the head receives, by way of the model's own forward, so that wrappers of a distributed run see it.
+
+    The model gives these states for its output: FSDP begins to prepare the backward pass when what a module gave gets a
+    gradient, which the logits would not.
+    """
     bare = model
     while not hasattr(bare, "get_decoder") and hasattr(bare, "module"):
         bare = bare.module
     found: list[Tensor] = []
-    handle = bare.get_decoder().register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state))
+    handles = (
+        bare.get_decoder().register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state)),
+        bare.register_forward_hook(lambda *_: found[0], prepend=True),
+    )
     try:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return found[0]
 
 

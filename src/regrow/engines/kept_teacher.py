@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from regrow.artifacts.goal import Divergence
 from regrow.engines.chunks import in_chunks
-from regrow.engines.distil import bare, checked_head, counting, needed_head, predictions, targets
+from regrow.engines.distil import checked_head, counting, needed_head, predictions, targets
 from regrow.engines.head import NUMBERS, Head, final_states
 from regrow.engines.objective import Answer
 from regrow.engines.packed import learnt
@@ -124,7 +124,7 @@ class FromKept:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
         tokens, logs = (counting(kept, mask) for kept in self.kept.of(ids))  # (n, k), (n, k + 1)
         ours = counting(final_states(model, ids), mask)  # (n, C)
-        head = needed_head(bare(model), "student").first(self.kept.rows)
+        head = needed_head(model, "student").first(self.kept.rows)
 
         def measure(logits: Tensor, piece: slice) -> Tensor:  # (p,)
             return self.divergence.measure(logs[piece], coarse(logits, tokens[piece]), **self.options)

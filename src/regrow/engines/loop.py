@@ -5,6 +5,7 @@ What this gives up: one process on several devices (start it with `torchrun` or 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from regrow.engines import processes
+from regrow.engines.domains import by_domain, mean_loss, stream_of
+from regrow.engines.mixture import Weights
 from regrow.engines.objective import Objective
-from regrow.engines.packed import Packed, Stream, order, share
+from regrow.engines.packed import Packed, share
+from regrow.engines.sharding import shard_teacher
 from regrow.engines.train_settings import TrainSettings, rate
 from regrow.errors import BrokenModel, OutputError, SettingsError
 
 KEPT = 2  # checkpoints kept: one is complete while the next is written; the best is kept beside the newest
-BESIDE = "beside.safetensors"
+BESIDE, WEIGHTS = "beside.safetensors", "weights.json"
 
 
 class Loop(Trainer):  # type: ignore[misc]
@@ -47,9 +51,10 @@ class Loop(Trainer):  # type: ignore[misc]
         self.beside = None if objective.beside is None else objective.beside.to(arguments.device)
         self.block = int(text.ids.shape[1])
         self.sums: dict[str, Tensor | float] = {}  # means over one step, in the making
-        sequence = order(len(text.ids), arguments.max_steps * settings.batch, settings.seed)
-        stream = Stream(text, sequence, settings.batch)
+        self.weights = None if settings.mixture is None else Weights(settings.mixture)
+        stream = stream_of(text, settings, arguments.max_steps, self.weights)
         super().__init__(model, arguments, train_dataset=stream)
+        shard_teacher(objective, self.accelerator)
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -115,7 +120,9 @@ class Loop(Trainer):  # type: ignore[misc]
             )
 
     def save_beside(self, folder: Path) -> None:
-        """What learns beside the model, into a checkpoint."""
+        """What learns beside the model, and the weights of domains, into a checkpoint."""
+        if self.weights is not None:
+            (folder / WEIGHTS).write_text(json.dumps(self.weights.to_json()), encoding="utf-8")
         if self.beside is not None and (state := self.beside.state_dict()):
             save_file({name: value.contiguous() for name, value in state.items()}, folder / BESIDE)
 
@@ -123,6 +130,8 @@ class Loop(Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.beside is not None and self.beside.state_dict():
             self.beside.load_state_dict(load_file(Path(resume_from_checkpoint, BESIDE)))
+        if self.weights is not None:
+            self.weights.restore(json.loads(Path(resume_from_checkpoint, WEIGHTS).read_text(encoding="utf-8")))
 
     def take_up(self, checkpoint: Path) -> None:
         """The state of a checkpoint, for a run with nothing left to do."""
@@ -150,19 +159,22 @@ class Loop(Trainer):  # type: ignore[misc]
         loss = self.accelerator.gather(sums.pop("loss")).mean()
         return {"loss": float(loss), **{name: float(value) for name, value in sums.items()}}
 
-    @torch.no_grad()
     def heldout_loss(self) -> float:
         """Mean loss over what is learnt of the held-out blocks, without dropout."""
         assert self.heldout is not None
-        model, total, size = self.model_wrapped.eval(), 0.0, self.settings.micro_batch
-        targets = self.heldout.targets()  # (n,)
-        for start in range(0, len(targets), size):
-            rows = slice(start, start + size)
-            batch = {name: value.to(self.args.device) for name, value in self.heldout.batch(rows).items()}
-            answer = self.loss(model, batch)
-            total += float(answer[0] if isinstance(answer, tuple) else answer) * int(targets[rows].sum())
-        model.train()
-        return total / int(targets.sum())
+        return mean_loss(self.model_wrapped, self.loss, self.heldout, self.settings.micro_batch, self.args.device)
+
+    def balance(self, done: int) -> dict[str, float]:
+        """Held-out loss of each domain and its weight, updated where that is due; the first process's, on all."""
+        assert self.weights is not None
+        assert self.heldout is not None
+        mine = torch.tensor([by_domain(self.model_wrapped, self.heldout, self.args.device)], device=self.args.device)
+        losses: list[float] = self.accelerator.gather(mine)[0].tolist()
+        if self.weights.due(done):
+            self.weights.update(done, losses)
+        names = self.weights.mixture.names
+        held = {f"heldout {name}": loss for name, loss in zip(names, losses, strict=True)}
+        return held | {f"weight {name}": weight for name, weight in zip(names, self.weights.newest(), strict=True)}
 
 
 def arguments_of(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:

@@ -57,12 +57,14 @@ class FromOnlineTeacher(FromTeacher):
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
         theirs, heard = self.run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
         ours, mine = self.run(model, bare(model), ids, mask)
-        head = needed_head(bare(model), "student")
+        head = needed_head(model, "student")
         still = {place: state.detach() for place, state in heard.items()}
         answer = self.compare((theirs, still), (ours, mine), head, batch)
         if not torch.is_grad_enabled():
             return answer
         loss, parts = answer if isinstance(answer, tuple) else (answer, {})
-        taught, told = self.predictions(head, self.head, ours, theirs, following=targets(batch), text=1.0)
+        taught, told = self.predictions(
+            head, needed_head(self.teacher, "teacher"), ours, theirs, following=targets(batch), text=1.0
+        )
         also = {f"teacher_{name}": value for name, value in told.items()}
         return loss + (taught - taught.detach()), {**parts, **also}  # the teacher's gradients, the student's number

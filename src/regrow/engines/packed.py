@@ -7,9 +7,9 @@ What this gives up: tokens that count more or less than others; padding.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ class Packed:
 
     ids: Tensor  # (n, T) int64
     learn: Tensor | None = None  # (n, T) bool; None: all
+    domain: Tensor | None = None  # (n,) int64, which domain of a mixture each block is of; None: there is one
+
+    def __getitem__(self, rows: Tensor) -> Packed:
+        """Some of the blocks: `rows` (n,) bool or (m,) int64."""
+        learn, domain = (part if part is None else part[rows] for part in (self.learn, self.domain))
+        return Packed(self.ids[rows], learn, domain)
 
     def batch(self, rows: int | slice) -> dict[str, Tensor]:
         """`input_ids`, and `learn` where only some tokens are."""
@@ -60,7 +66,7 @@ def as_packed(blocks: Tensor | Packed, what: str = "training text") -> Packed:
     useful = packed.targets() > 0  # (n,)
     if not useful.any():
         raise TextError(*nothing_learnt(what, packed.ids.numel()))
-    return Packed(packed.ids[useful], packed.learn[useful])
+    return packed[useful]
 
 
 def learnt(batch: Mapping[str, Tensor]) -> Tensor | None:  # (b, T - 1) bool
@@ -70,17 +76,23 @@ def learnt(batch: Mapping[str, Tensor]) -> Tensor | None:  # (b, T - 1) bool
 
 def order(blocks: int, total: int, seed: int) -> Tensor:  # (total,) int64
     """Which block is seen when: every block once in a random order, then again in another. Never depends on `total`."""
+    return torch.tensor(list(islice(rounds(blocks, seed), total)))
+
+
+def rounds(blocks: int, seed: int) -> Iterator[int]:
+    """The same without an end."""
     source = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(blocks, generator=source) for _ in range(math.ceil(total / blocks))]
-    return torch.cat(rounds)[:total]
+    while True:
+        yield from torch.randperm(blocks, generator=source).tolist()
 
 
 class Stream(Dataset[dict[str, Tensor]]):
     """All sequences of a run, in order, `batch` of them a step; `usual` is the mean number of targets in their step."""
 
     def __init__(self, packed: Packed, sequence: Tensor, batch: int) -> None:
-        self.packed, self.sequence, self.batch = packed, sequence.tolist(), batch
-        self.usual = packed.targets()[sequence].view(-1, batch).float().mean(1)  # (steps,)
+        self.packed, self.batch = packed, batch
+        self.sequence: list[int] = sequence.tolist()
+        self.usual: Tensor | list[Tensor] = packed.targets()[sequence].view(-1, batch).float().mean(1)  # (steps,)
 
     def __len__(self) -> int:
         return len(self.sequence)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from regrow.engines.chunks import in_chunks
-from regrow.engines.distil import bare, needed_head
+from regrow.engines.distil import needed_head
 from regrow.engines.head import Head, final_states, sum_over_tokens
 from regrow.engines.objective import Answer
 from regrow.engines.sampling import continued
@@ -84,7 +84,7 @@ class Preferred:
         ids = batch["input_ids"].reshape(2 * len(batch["input_ids"]), -1)  # (2 b, T), teacher's and student's in turn
         counts = self.counting(ids)  # (2 b, T - 1)
         states = final_states(model, ids)[:, :-1][counts]  # (n, C)
-        head, following = needed_head(bare(model), "student"), ids[:, 1:][counts]  # (n,)
+        head, following = needed_head(model, "student"), ids[:, 1:][counts]  # (n,)
         sequence = counts.nonzero()[:, 0]  # (n,) int64, which of them a token is of
         weight = 1 / counts.sum(1) if self.by_length else torch.ones(len(ids), device=ids.device)  # (2 b,)
         chances = -token_losses(head, states.detach(), following)  # (n,)

@@ -16,10 +16,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
+from regrow.engines.domains import check_domains
 from regrow.engines.loop import Loop, arguments_of
 from regrow.engines.objective import Loss, Objective, as_objective, groups_of, next_token
 from regrow.engines.packed import Packed, as_packed
 from regrow.engines.resume import fingerprint, open_run, weights_fingerprint
+from regrow.engines.sharding import whole_again
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.watch import Progress, Watch
 
@@ -54,13 +56,16 @@ def train(
     The model stays on the device it was trained on, in the mode it came in.
 
     Raises `SettingsError` (nothing to train, batch and processes do not fit, `folder` holds another run), `TextError`
-    (nothing to learn), `BrokenModel` (loss not finite, or diverging; the last good checkpoint stays), `OutputError`.
+    (nothing to learn, or nothing of a domain of `settings.mixture`), `BrokenModel` (loss not finite, or diverging; the
+    last good checkpoint stays), `OutputError`.
     """
     objective = as_objective(loss)
     groups = groups_of(model, objective, settings.weight_decay)
     text, measured = as_packed(blocks), None if heldout is None else as_packed(heldout, "held-out text")
+    if settings.mixture is not None:
+        check_domains(settings.mixture, text, measured)
     began = time.perf_counter()
-    with _as_it_was(model, settings.checkpointing):
+    with _as_it_was(model, settings.checkpointing), whole_again(model):
         arguments = arguments_of(settings, settings.steps(text.ids.shape[1]), folder, next(model.parameters()).device)
         start = open_run(folder, _identity(model, text, settings, groups, objective), resume=resume)
         trainer = Loop(model, text, settings, objective, arguments)
@@ -88,6 +93,7 @@ def _identity(
         **({"micro_batch": settings.micro_batch} if getattr(objective.loss, "by_pass", False) else {}),
         "blocks": fingerprint(text.ids),
         "learnt": None if text.learn is None else fingerprint(text.learn),
+        "domains": None if text.domain is None else fingerprint(text.domain),
         "weights": weights_fingerprint(model),
         "trained weights": sum(p.numel() for group in groups for p in group["params"]),
         "beside": None if beside is None else weights_fingerprint(beside),

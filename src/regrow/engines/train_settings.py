@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from regrow.engines.mixture import Mixture
 from regrow.errors import SettingsError
 
 WSD_DECAY = 0.2  # share of the steps in which warmup-stable-decay decays
@@ -52,6 +53,7 @@ class TrainSettings:
     evaluate_every: int = 100  # steps between losses on held-out text; also at the end
     patience: int | None = None  # evaluations without a lower held-out loss until it stops; the best state is kept
     report_to: tuple[str, ...] = ()  # trackers, by transformers' names
+    mixture: Mixture | None = None  # of the text's domains; none: it is one
 
     def __post_init__(self) -> None:
         positive = ("tokens", "batch", "micro_batch", "save_every", "log_every", "evaluate_every")

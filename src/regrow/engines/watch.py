@@ -68,8 +68,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         evaluate = self.trainer.heldout is not None and (
             step % settings.evaluate_every == 0 or control.should_training_stop
         )
-        if step % settings.log_every == 0 or control.should_save or evaluate:
-            self._record(step, evaluate, state.is_world_process_zero)
+        weights = self.trainer.weights
+        balance = weights is not None and (evaluate or weights.due(step))
+        if step % settings.log_every == 0 or control.should_save or evaluate or balance:
+            self._record(step, evaluate, balance, state.is_world_process_zero)
         if evaluate and settings.patience is not None:
             self._judge(state, control)
         if self.progress is not None and state.is_world_process_zero:
@@ -122,7 +124,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         accelerator = self.trainer.accelerator
         return bool(accelerator.gather(torch.tensor(late, device=accelerator.device)).any())
 
-    def _record(self, step: int, evaluate: bool, write: bool) -> None:
+    def _record(self, step: int, evaluate: bool, balance: bool, write: bool) -> None:
         record: dict[str, float] = {"step": step, "tokens": step * self.settings.batch * self.trainer.block}
         for name in self.since[-1]:
             record[name] = sum(means[name] for means in self.since) / len(self.since)
@@ -132,6 +134,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             raise self._broken(step - 1, f"the loss rose from {lowest:.3f} to {record['loss']:.3f}")
         if evaluate:
             record["heldout_loss"] = self.trainer.heldout_loss()
+        if balance:
+            record |= self.trainer.balance(step)
         self.since = []
         self.records.append(record)
         self.trainer.log(dict(record))

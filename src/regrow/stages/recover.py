@@ -25,6 +25,7 @@ from regrow.engines.correction import correct
 from regrow.engines.distil import FromTeacher, Teacher, check_teacher, checked_head
 from regrow.engines.kept_teacher import FromKept, Kept, keep
 from regrow.engines.match import Match, Matcher
+from regrow.engines.mixture import Mixture
 from regrow.engines.objective import Loss, Objective, next_token
 from regrow.engines.on_policy import OnPolicy, Policy
 from regrow.engines.online_teacher import FromOnlineTeacher
@@ -37,12 +38,13 @@ from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.trained import Shapes, cut_and_norms, only
 from regrow.errors import SettingsError
-from regrow.settings import RATES, Recover
+from regrow.recovery import RATES, Recover
 
 Progress = Callable[[int, int, str], None]
 
 FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them, ast moves them"
 WHOLE = ("full", "ast", "cut")  # methods that train weights themselves
+OFTEN = 50  # steps between two updates of a mixture's weights, where nothing else is asked (Sheared LLaMA)
 FEW = 0.01  # of the weights under adapters; fewer that change were hardly worth the training
 
 
@@ -351,6 +353,29 @@ def as_train(settings: Recover, seed: int) -> TrainSettings:
         patience=settings.patience,
         until=settings.until,
         report_to=settings.report_to,
+        mixture=mixture_of(settings),
         evaluate_every=max(1, (settings.evaluate_every or settings.tokens // 20) // (settings.batch * settings.block)),
         save_every=max(25, settings.tokens // (settings.batch * settings.block) // 10),
+    )
+
+
+def mixture_of(settings: Recover) -> Mixture | None:
+    """Of several sources, or of one that is to be balanced, which is refused. Raises `SettingsError`."""
+    dynamic = settings.balance == "dynamic"
+    if not settings.mixture and not dynamic:
+        return None
+    names, told = settings.sources, settings.references
+    if told and set(told) != set(names):
+        raise SettingsError(
+            f"references for {', '.join(sorted(told))}",
+            f"one loss for each source of the mixture: {', '.join(names)}",
+            "name each of them, or none and have them measured",
+        )
+    step = settings.batch * settings.block
+    return Mixture(
+        names=names,
+        weights=tuple(settings.mixture.get(name, 1.0) for name in names),
+        every=max(1, round((settings.balance_every or OFTEN * step) / step)) if dynamic else 0,
+        references=tuple(told[name] for name in names) if told and dynamic else (),
+        signed=settings.excess == "signed",
     )
