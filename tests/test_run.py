@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig
 from transformers import logging as hf_logging
 
+import regrow.kept as kept
 import regrow.run as road
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
@@ -75,7 +76,8 @@ def walk(recipe: Recipe, out: Path, **more: Any) -> Report:
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     for name in names:
-        monkeypatch.setattr(road, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
+        home = road if hasattr(road, name) else kept
+        monkeypatch.setattr(home, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran again"))
 
 
 Make = Callable[..., Recipe]
@@ -326,7 +328,7 @@ def test_the_command_says_how_to_go_on(
 
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(road, "score", interrupted)
+    monkeypatch.setattr(kept, "score", interrupted)
     ask = ["prune", str(sprout_dir), "--out", str(tmp_path / "cut"), "--criterion", "magnitude", "--text", "none", "-q"]
     assert main(ask) == 130
     assert "run the same command again" in capsys.readouterr().err
@@ -655,7 +657,8 @@ def test_every_recipe_parses_and_dry_runs(
     target = float(found.keep.rstrip("%")) / 100 * dense["decoder_weights"]
     layer = dense["decoder_weights"] / (6 if size == "small" else 32)
     assert target - layer < cut["decoder_weights"] <= target
-    assert names == ["score", "measure before", "cut and write", "recover", "measure after"]
+    searched = ["score shapes", "train the best"] if found.search else []
+    assert names == ["score", "measure before", *searched, "cut and write", "recover", "measure after"]
 
 
 def test_a_dry_run_by_hand(tmp_path: Path) -> None:

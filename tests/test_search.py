@@ -16,6 +16,7 @@ import regrow.search as searching
 from models import anatomy_of, cut, make
 from models import plan as some_plan
 from regrow import cache as caching
+from regrow import prepare
 from regrow.artifacts.report import Report
 from regrow.engines.bind import Subject
 from regrow.engines.checkpoint import round_to
@@ -295,8 +296,8 @@ def test_heads_of_a_model_without_groups(recipe: Make) -> None:
     asked = recipe()
     grouped = anatomy_of(make("llama"))
     single = anatomy_of(make("gpt_neox"))
-    assert searching.fitted(asked, grouped).axes == asked.axes
-    assert searching.fitted(asked, single).axes == ("layer", "group", "neuron", "channel")
+    assert prepare.fitted(asked, grouped).axes == asked.axes
+    assert prepare.fitted(asked, single).axes == ("layer", "group", "neuron", "channel")
 
 
 def test_a_search_belongs_to_its_code(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
 from regrow.errors import MissingDemo
-from regrow.prepare import check_words, chosen_criteria
+from regrow.prepare import check_words, chosen_criteria, fitted
 from regrow.recovery import Distil
 from regrow.settings import Evaluate, Recipe
 from regrow.sparse_costs import sparse_bytes, sparse_flops
@@ -49,6 +49,7 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
     config = read_config(locate(recipe.model, weights=False), trust_remote_code=trust_remote_code)
     anatomy = bind(config)
     anatomy = replace(anatomy, store_bytes=min(anatomy.store_bytes, as_dtype(recipe.dtype).itemsize))
+    recipe = fitted(recipe, anatomy)
     wish = check_words(recipe)
     if wish is not None and recipe.search is not None:
         wish = replace(wish, uniform=True)

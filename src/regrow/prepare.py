@@ -14,7 +14,7 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
-from regrow.artifacts.shape import gone, tensor_size
+from regrow.artifacts.shape import Anatomy, gone, tensor_size
 from regrow.artifacts.share import ZERO_SPREADS
 from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import checkpoint, masks, moving_masks, processes, provenance, spp_forward, tokens, zeros
@@ -112,6 +112,14 @@ def _check_policy(asked: Recover) -> None:
                 "one of them",
                 "leave one out",
             )
+
+
+def fitted(recipe: Recipe, anatomy: Anatomy) -> Recipe:
+    """With groups for heads, where a search names heads and every head has keys and values of its own."""
+    if recipe.search is None or anatomy.sizes["G"] > 1 or "head" not in recipe.axes:
+        return recipe
+    axes = dict.fromkeys("group" if unit == "head" else unit for unit in recipe.axes)
+    return recipe.model_copy(update={"axes": tuple(axes)})
 
 
 def check(recipe: Recipe) -> Wish | None:

@@ -40,6 +40,7 @@ from regrow.prepare import (
     check,
     check_planned,
     check_subject,
+    fitted,
     recovery_parts,
     recovery_text,
     settled,
@@ -48,7 +49,7 @@ from regrow.prepare import (
 from regrow.recipe_files import dump
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
 from regrow.references import notes_of_text, with_references
-from regrow.search import Chosen, check_search, fitted, search
+from regrow.search import Chosen, check_search, search
 from regrow.settings import Calibration, Recipe
 from regrow.stages import sparsify
 from regrow.stages.apply import apply

@@ -21,7 +21,7 @@ from regrow.artifacts.budget import Budget, Latency
 from regrow.artifacts.family import UNITS, Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import Anatomy, count
+from regrow.artifacts.shape import count
 from regrow.artifacts.space import Space, Widths, drawn, inside, said, shape_of, space_of, totals_of, unbeaten
 from regrow.engines import tokens
 from regrow.engines.bind import Subject
@@ -108,14 +108,6 @@ def search(
         "chosen": best,
     }
     return Chosen(work.plan(best), found)
-
-
-def fitted(recipe: Recipe, anatomy: Anatomy) -> Recipe:
-    """With groups for heads, where a search names heads and every head has keys and values of its own."""
-    if recipe.search is None or anatomy.sizes["G"] > 1 or "head" not in recipe.axes:
-        return recipe
-    axes = dict.fromkeys("group" if unit == "head" else unit for unit in recipe.axes)
-    return recipe.model_copy(update={"axes": tuple(axes)})
 
 
 def check_search(subject: Subject, recipe: Recipe) -> None:

@@ -408,7 +408,7 @@ def test_every_command_takes_the_options_that_scripts_pass_everywhere() -> None:
     """Where nothing is drawn, --seed is taken all the same, and says so."""
     group: Any = get_command(app)
     still = {"inspect", "estimate", "doctor", "ls", "show", "diff", "report"}
-    assert set(group.commands) == still | {"run", "prune", "sparsify", "recover", "eval"}
+    assert set(group.commands) == still | {"run", "search", "prune", "sparsify", "recover", "eval"}
     for name, command in group.commands.items():
         given = {flag: p for p in command.params for flag in p.opts}
         assert {"--json", "--quiet", "-q", "--seed"} <= set(given), name

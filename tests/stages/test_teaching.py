@@ -178,7 +178,7 @@ def test_a_teacher_in_16_bits_says_nearly_the_same(kind: str) -> None:
         asked = {"device": "cpu", "recover": {"teacher": str(SPROUT), "distil": {"teacher_dtype": name}}}
         teacher, student = read_teacher(Recipe.model_validate(asked)), sparse().model
         assert teacher is not None
-        goal = recovering.learning_from(teacher.model, student, Recover(teacher=str(SPROUT)))
+        goal = recovering.learning_from(teacher.model, student, Recover(teacher=str(SPROUT)), 0)
         value = goal.loss(student, Packed(text()[:4]).batch(slice(None)))
         assert isinstance(value, Tensor)
         assert value.dtype == torch.float32
