@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
-from render_sparse import ratios
+from render_sparse import answers, ratios, spread_of, table
+
+Row = dict[str, Any]
+Rows = dict[str, Row]
 
 
 def steps(data: dict[str, Any]) -> str:
@@ -19,6 +25,189 @@ def steps(data: dict[str, Any]) -> str:
     return about + ratios(data)
 
 
+def regrown(data: dict[str, Any]) -> str:
+    """Perplexity on the way, then tasks."""
+    rows, asked = data["rows"], data["settings"]
+    dense = rows["dense"]
+    tokens = asked["step"]["block"] * asked["step"]["batch"]
+    about = (
+        f"SmolLM2 at {asked['keep']} of the decoder weights, neurons only (Taylor, ends kept whole), all weights "
+        f"trained on demo text, {tokens:,} tokens a step; dense {dense['perplexity']:.2f}. One run each. `of`: the "
+        "tokens that a run's schedule is made for; it decays over its last fifth, so marks before are not decayed. "
+        "Rates were chosen on held-out demo text.\n\n"
+    )
+    marks = [
+        [
+            key.partition(" at ")[0],
+            f"{row['rate']:g}",
+            f"{int(key.split()[-3]):,} of {int(key.split()[-1]):,}",
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity'] / dense['perplexity']:.2f}",
+            f"{row['heldout']:.3f}",
+        ]
+        for key, row in rows.items()
+        if " at " in key and "perplexity" in row
+    ]
+    marks.sort(
+        key=lambda line: (line[0], int(line[2].split()[2].replace(",", "")), int(line[2].split()[0].replace(",", "")))
+    )
+    start = rows["start"]
+    cut = ["as cut", "-", "0", f"{start['perplexity']:.2f}", f"{start['perplexity'] / dense['perplexity']:.2f}"]
+    body = [[*cut, f"{start['heldout']:.3f}"], *marks]
+    heads = ["goal", "rate", "tokens", "perplexity", "of dense", f"held-out loss (dense {dense['heldout']:.3f})"]
+    trials = [
+        [key.partition(" rate ")[0], f"{row['rate']:g}", f"{row['heldout']:.3f}" if "heldout" in row else "broke"]
+        for key, row in rows.items()
+        if " rate " in key
+    ]
+    parts = [about + table(heads, body), table(["trial of 50k tokens", "rate", "held-out loss"], trials)]
+    shown = answers(rows, beside="start")
+    return "\n\n".join([*parts, shown] if shown else parts)
+
+
+def ablations(data: dict[str, Any]) -> str:
+    """What matters, in tables: arms, aggregations, ranking, tokens from scratch."""
+    rows, asked = data["rows"], data["settings"]
+    dense = rows.get("dense", {}).get("loss", math.nan)
+    about = (
+        f"Sprout cut to {asked['parameters'] / 1e6:.2f} million parameters, {asked['tokens']:,} tokens of training, "
+        f"three seeds. Loss in nats on held-out demo text; dense {dense:.3f}. Each arm at the best of its rates "
+        f"({', '.join(f'{rate:g}' for rate in asked['rates'])}), chosen on the other half of that text.\n\n"
+    )
+    parts = [about + arms(rows), aggregates(rows), rankings(rows), saved(rows, asked)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def best(rows: Rows, arm: str) -> dict[str, Row]:
+    """By seed, the run with the rate that was best on the text that chooses."""
+    found: dict[str, Row] = {}
+    for key, row in rows.items():
+        name, _, rest = key.partition(" rate ")
+        seed = rest.partition(" seed ")[2]
+        if name == arm and seed and (seed not in found or row["chosen_by"] < found[seed]["chosen_by"]):
+            found[seed] = {**row, "rate": rest.partition(" ")[0]}
+    return found
+
+
+def arms(rows: Rows) -> str:
+    names = [n for n in dict.fromkeys(k.partition(" rate ")[0] for k in rows if " rate " in k) if "scratch" not in n]
+    base, body = best(rows, "cut"), []
+    for name in names:
+        found = best(rows, name)
+        gaps = [found[seed]["loss"] - base[seed]["loss"] for seed in found if seed in base]
+        body.append(
+            [
+                name,
+                ", ".join(dict.fromkeys(found[seed]["rate"] for seed in sorted(found))),
+                spread_of([row["before"] for row in found.values()], 3),
+                spread_of([row["loss"] for row in found.values()], 3),
+                "-" if name == "cut" else spread_of(gaps, 3),
+            ]
+        )
+    return table(["arm", "rate", "before", "after", "above `cut`, same seed"], body) if body else ""
+
+
+def aggregates(rows: Rows) -> str:
+    """Losses as cut, by how activations are put together."""
+    found: dict[str, list[float]] = {}
+    for key, row in rows.items():
+        if key.startswith("cut by "):
+            found.setdefault(key.removeprefix("cut by ").partition(" seed ")[0], []).append(row["loss"])
+    body = [
+        [name, spread_of(losses, 3)] for name, losses in sorted(found.items(), key=lambda x: statistics.fmean(x[1]))
+    ]
+    return table(["as cut by (over sequences, within a sequence)", "loss"], body) if body else ""
+
+
+def rankings(rows: Rows) -> str:
+    """How well losses as cut, and after a short training, foretell the order after the whole one."""
+    by_seed: dict[str, list[Row]] = {}
+    for key, row in rows.items():
+        if key.startswith("shape "):
+            by_seed.setdefault(key.partition(" seed ")[2], []).append(row)
+    body = []
+    for what, name in (("as_cut", "as cut"), ("short", "after an eighth of the tokens")):
+        orders, lost = [], []
+        for shapes in by_seed.values():
+            orders.append(tau([row[what] for row in shapes], [row["full"] for row in shapes]))
+            picked = min(shapes, key=lambda row: float(row[what]))
+            lost.append(picked["full"] - min(row["full"] for row in shapes))
+        if orders:
+            body.append([name, spread_of(orders, 2), spread_of(lost, 4)])
+    heads = ["shapes ranked", "Kendall's tau to the order after all tokens", "loss of its pick above the best"]
+    return table(heads, body) if body else ""
+
+
+def tau(first: list[float], second: list[float]) -> float:
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(first, second).statistic)
+
+
+def saved(rows: Rows, asked: dict[str, Any]) -> str:
+    """Tokens from scratch that reach what cutting and distilling reach."""
+    reached = best(rows, "cut")
+    curves: dict[str, dict[int, float]] = {}
+    for key, row in rows.items():
+        if key.startswith("scratch x") and " rate " not in key:
+            factor, _, seed = key.removeprefix("scratch x").partition(" seed ")
+            curves.setdefault(seed, {})[int(factor)] = row["loss"]
+    for seed, row in best(rows, "scratch x1").items():
+        curves.setdefault(seed, {})[1] = row["loss"]
+    if not curves:
+        return ""
+    factors = sorted({factor for curve in curves.values() for factor in curve})
+    losses = {f: [curve[f] for curve in curves.values() if f in curve] for f in factors}
+    body = [
+        [f"x{f}", f"{f * asked['tokens']:,}", f"{f * asked['tokens'] / asked['epoch']:.1f}", spread_of(losses[f], 3)]
+        for f in factors
+    ]
+    said = [_needed(curve, reached[seed]["loss"]) for seed, curve in sorted(curves.items()) if seed in reached]
+    ours = spread_of([row["loss"] for row in reached.values()], 3)
+    return (
+        f"From random weights, next token. Cut and distilled: {ours} with "
+        f"{asked['tokens']:,} tokens (its parent was trained on 9,441,280). As many tokens from scratch reach that, by "
+        f"seed: {', '.join(said)} times.\n\n" + table(["from scratch", "tokens", "epochs of the text", "loss"], body)
+    )
+
+
+def _needed(curve: dict[int, float], goal: float) -> str:
+    """Between two measured numbers of tokens, by a straight line over their logarithms."""
+    factors = sorted(curve)
+    if curve[factors[0]] <= goal:
+        return f"< {factors[0]}"
+    for low, high in itertools.pairwise(factors):
+        if curve[high] <= goal:
+            share = (curve[low] - goal) / (curve[low] - curve[high])
+            return f"{math.exp(math.log(low) + share * math.log(high / low)):.0f}"
+    return f"> {factors[-1]} (plateau {min(curve.values()):.3f})"
+
+
+def memory(data: dict[str, Any]) -> str:
+    rows = data["rows"]
+    body = [
+        [key.removeprefix("vocabulary "), f"{row['peak_bytes'] / 1e6:,.0f}"]
+        for key, row in rows.items()
+        if key.startswith("vocabulary")
+    ]
+    grown, parts = rows.get("growth"), [table(["words", "peak, MB"], body)]
+    if grown:
+        parts.append(
+            f"Grown by {grown['bytes'] / 1e6:,.0f} MB; the student's embedding, its gradient, two numbers of the "
+            f"optimiser and the teacher's embedding are {grown['due'] / 1e6:,.0f} MB: {grown['ratio']:.3f}."
+        )
+    if waited := rows.get("waiting"):
+        parts.append(
+            f"SmolLM2 at 80 % from SmolLM2, {waited['tokens']:,} tokens: the loop waits for batches "
+            f"{100 * waited['waiting']:.2f} % of the time; tokenising and packing them took "
+            f"{100 * waited['packing']:.2f} % as long as the training."
+        )
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "distil": ("Cut to 80 % and regrown", regrown),
+    "distil_ablations": ("What matters when a cut model is distilled", ablations),
     "distil_speed": ("Price of a step from a teacher", steps),
+    "distil_memory": ("Memory and waiting of learning from a teacher", memory),
 }

@@ -267,13 +267,14 @@ def curve_rows(rows: Rows) -> list[list[str]]:
     return body
 
 
-def answers(rows: Rows) -> str:
-    """Zero-shot accuracy by model and task; differences to SPP in pairs, a verdict only beyond two standard errors."""
+def answers(rows: Rows, beside: str = " spp at ") -> str:
+    """Zero-shot accuracy by model and task; differences in pairs to the first model whose name holds `beside`, a
+    verdict only beyond two standard errors."""
     models = list(dict.fromkeys(key.rpartition(": ")[0] for key, row in rows.items() if "correct" in row))
     tasks = list(dict.fromkeys(key.rpartition(": ")[2] for key, row in rows.items() if "correct" in row))
     if not models:
         return ""
-    main = next((model for model in models if " spp at " in model), models[0])
+    main = next((model for model in models if beside in model), models[0])
     body = []
     for model in models:
         mine = [rows.get(f"{model}: {task}") for task in tasks]
