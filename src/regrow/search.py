@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +31,7 @@ from regrow.engines.distil import Teacher
 from regrow.engines.perplexity import block_losses
 from regrow.engines.texts import documents, fingerprint
 from regrow.engines.walk import check_finite
-from regrow.errors import BudgetError, TextError
+from regrow.errors import BrokenModel, BudgetError, TextError
 from regrow.kept import Progress, read_by
 from regrow.prepare import recovery_text
 from regrow.recovery import Recover
@@ -91,6 +92,12 @@ def search(
     if recipe.search.latency is not None:
         rows = work.fast_enough(rows, recipe.search.latency)
     rows.sort(key=_loss)
+    if "failed" in rows[0]:
+        raise BrokenModel(
+            f"{len(rows)} shapes, and none of them gives a loss: {rows[0]['failed']}",
+            "finite losses",
+            "look at the model with `regrow doctor`, or ask for a larger budget",
+        )
     ranked, end = work.ranked([row["widths"] for row in rows[: recipe.search.top]], progress)
     left = [row for row in ranked if len(row["losses"]) == max(len(other["losses"]) for other in ranked)]
     best = min(left, key=lambda row: _loss(row["losses"][-1]))["widths"] if left else rows[0]["widths"]
@@ -107,6 +114,7 @@ def search(
         "end": end,
         "chosen": best,
     }
+    work.forget()
     return Chosen(work.plan(best), found)
 
 
@@ -168,6 +176,7 @@ class _Work:
         assert recipe.search is not None
         self.subject, self.recipe, self.scores, self.wish, self.asked = subject, recipe, scores, wish, recipe.search
         self.text = judges(subject, recipe)
+        self.folders: set[Path] = set()  # of trainings
         self.about = {
             "model": subject.source["fingerprint"],
             "dtype": recipe.dtype,
@@ -231,10 +240,11 @@ class _Work:
             stable = stable + 1 if order and order[-1] >= asked.stable else 0
             if stable == TWICE and part < asked.checkpoints:
                 return rows, f"their order was stable after {mark:,} tokens each"
-            if asked.halving:
-                alive.sort(key=lambda row: _loss(row["losses"][-1]))
-                left = [row["widths"] for row in alive[: max(1, len(alive) // 2)]]
-            if len(left) == 1:
+            alive = sorted(
+                (row for row in alive if "loss" in row["losses"][-1]), key=lambda row: _loss(row["losses"][-1])
+            )
+            left = [row["widths"] for row in alive[: max(1, len(alive) // 2) if asked.halving else None]]
+            if len(left) < 2:
                 break
         return rows, f"the best was trained on {mark:,}"
 
@@ -244,14 +254,15 @@ class _Work:
         deciding = train.model_dump(mode="json", exclude={"until", "resume", "micro_batch", "checkpointing"})
         about = {**self.about, "training": deciding, "text": {source: fingerprint(source) for source in train.sources}}
         study = Study(self.asked.storage, f"{cache.key(about)} after {mark}")
+        folders = {said(point): cache.cache_dir("search", f"{cache.key(about)} {said(point)}") for point in points}
+        self.folders |= set(folders.values())
         teacher = self.teacher(train)
         blocks = recovery_text(self.subject, train, "recovery", count=train.tokens, seed=self.recipe.seed)
 
         def measure(point: Point, beat: Beat) -> dict[str, Any]:
             widths = _widths(point)
-            small = cut_copy(self.subject, self.plan(widths))
+            small, folder = cut_copy(self.subject, self.plan(widths)), folders[said(widths)]
             began = time.perf_counter()
-            folder = cache.cache_dir("search", f"{cache.key(about)} {said(widths)}")
             with cache.held(folder, "this candidate"):
                 recover(
                     small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher,
@@ -260,6 +271,11 @@ class _Work:
             return {"loss": self.loss(small), "seconds": round(time.perf_counter() - began, 1)}
 
         return study.measure([dict(point) for point in points], measure, say=_said(progress, f"trained to {mark:,}"))
+
+    def forget(self) -> None:
+        """Drop checkpoints: what they led to is in the study."""
+        for folder in self.folders:
+            cache.drop(folder)
 
     def training(self, mark: int) -> Recover:
         """The recovery of the recipe, shortened; its rate stays as it is after warm-up, so that parts are alike."""
