@@ -13,7 +13,8 @@ from training import VOCAB, Stop, T, patterns, pull_plug, same, settings, tiny, 
 from models import make, randomise
 from regrow.engines import head as heads
 from regrow.engines import pairs
-from regrow.engines.pairs import Draw, Preferred, prompt_of, written
+from regrow.engines.pairs import Draw, Preferred, written
+from regrow.engines.sampling import prompt_of
 from regrow.engines.train import train
 
 PROMPT, END = 6, 0

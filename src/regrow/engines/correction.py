@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from regrow.cache import replacing
+from regrow.engines.domains import mean_loss
 from regrow.engines.objective import next_token
 from regrow.engines.packed import Packed
 from regrow.engines.train import train
@@ -64,14 +65,6 @@ def correct(
     return found
 
 
-@torch.no_grad()
 def heldout_loss(model: Any, text: Packed | None, size: int) -> float | None:
     """Mean nats of what is learnt of `text`, `size` blocks in a pass; None of no text."""
-    if text is None:
-        return None
-    targets, total = text.targets(), 0.0  # (n,)
-    for start in range(0, len(targets), size):
-        rows = slice(start, start + size)
-        batch = {name: value.to(model.device) for name, value in text.batch(rows).items()}
-        total += float(next_token(model, batch)) * int(targets[rows].sum())
-    return total / int(targets.sum())
+    return None if text is None else mean_loss(model, next_token, text, size, model.device)

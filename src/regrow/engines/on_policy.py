@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from regrow.engines import processes
 from regrow.engines.distil import bare
 from regrow.engines.objective import Answer, Objective
+from regrow.engines.sampling import continued, prompt_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,6 @@ class Policy:
 
     def __str__(self) -> str:
         return f"{self.share:g} on policy after {self.prompt:g} of a block at {self.temperature:g}"
-
-    def asked(self, block: int) -> int:
-        """Tokens of a block that are given: at least one, and one is left to write."""
-        return min(max(1, round(self.prompt * block)), block - 1)
 
 
 class OnPolicy(nn.Module):
@@ -84,17 +81,13 @@ def written(model: Any, ids: Tensor, policy: Policy, source: torch.Generator) ->
 
     It samples without dropout, and is left in the mode it is found in.
     """
-    block, given, mode = ids.shape[1], policy.asked(ids.shape[1]), model.training
+    block, mode = ids.shape[1], model.training
+    given = prompt_of(policy.prompt, block)
     learn = (torch.arange(block, device=ids.device) >= given).expand_as(ids)  # (b, T) bool
-    ids = read = ids[:, :given]  # (b, P)
-    kept = None
+    luck = torch.rand(len(ids), block - given, generator=source, device=ids.device)  # (b, T - P)
     model.eval()
     try:
-        while ids.shape[1] < block:
-            out = model(input_ids=read, past_key_values=kept, use_cache=True, logits_to_keep=1)
-            logits = out.logits[:, -1, : policy.tokens].float()  # (b, V)
-            read = torch.multinomial((logits / policy.temperature).softmax(-1), 1, generator=source)  # (b, 1)
-            ids, kept = torch.cat([ids, read], 1), out.past_key_values
+        ids = continued(model, ids[:, :given], luck, temperature=policy.temperature, rows=policy.tokens)
     finally:
         model.train(mode)
     return {"input_ids": ids, "learn": learn}

@@ -39,11 +39,6 @@ class Draw:
     rows: int  # tokens of the vocabulary that both models know
 
 
-def prompt_of(share: float, block: int) -> int:
-    """Tokens of a block that are the prompt: at least one, and at least one is left to write."""
-    return min(max(round(share * block), 1), block - 1)
-
-
 def written(
     teacher: Any, student: Any, blocks: Tensor, draw: Draw, folder: Path, *, batch: int, say: Say = lambda _: None
 ) -> Tensor:  # (n, 2 T) int64

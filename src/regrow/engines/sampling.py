@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def prompt_of(share: float, block: int) -> int:
+    """Tokens of a block that are the prompt: at least one, and at least one is left to write."""
+    return min(max(round(share * block), 1), block - 1)
+
+
 @torch.no_grad()
 def continued(
     model: Any, prompts: Tensor, luck: Tensor, *, temperature: float, rows: int

@@ -30,9 +30,10 @@ from regrow.engines.objective import Loss, Objective, next_token
 from regrow.engines.on_policy import OnPolicy, Policy
 from regrow.engines.online_teacher import FromOnlineTeacher
 from regrow.engines.packed import Packed, as_packed
-from regrow.engines.pairs import Draw, Preferred, prompt_of, written
+from regrow.engines.pairs import Draw, Preferred, written
 from regrow.engines.resume import fingerprint, weights_fingerprint
 from regrow.engines.room import give_back
+from regrow.engines.sampling import prompt_of
 from regrow.engines.tokens import separator
 from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
