@@ -40,7 +40,7 @@ from regrow.stages.apply import cut_copy
 from regrow.stages.load import read_teacher
 from regrow.stages.plan import Wish, realise
 from regrow.stages.recover import recover
-from regrow.study import Beat, Point, Study
+from regrow.study import Beat, Point, Study, check_storage
 
 TWICE = 2  # times in a row that an order must be stable
 DECODED: Mapping[str, Any] = {
@@ -127,6 +127,7 @@ def check_search(subject: Subject, recipe: Recipe) -> None:
         space_of(subject.anatomy, recipe.axes, {unit: (count,) for unit, count in recipe.shape.items()}, {})
     if recipe.search is None:
         return
+    check_storage(recipe.search.storage)
     candidates(subject, recipe)
     judges(subject, recipe)
     if recipe.search.rank_tokens:

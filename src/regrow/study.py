@@ -148,8 +148,19 @@ def _gone(worker: Mapping[str, Any]) -> bool:
     return False
 
 
+def check_storage(storage: str | None) -> None:
+    """Raise `SettingsError` when a storage cannot be opened."""
+    _held(storage)
+
+
 def _opened(storage: str | None, name: str) -> optuna.Study:
-    """Raises `SettingsError` when the storage cannot be opened."""
+    import optuna
+
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    return optuna.create_study(storage=_held(storage), study_name=name, load_if_exists=True, sampler=sampler)
+
+
+def _held(storage: str | None) -> Any:
     import optuna
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -158,14 +169,10 @@ def _opened(storage: str | None, name: str) -> optuna.Study:
     where = storage or str(cache_dir("search") / FILE)
     try:
         if "://" in where:
-            held: Any = RDBStorage(where)
-        else:
-            path = Path(where).expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-        return optuna.create_study(
-            storage=held, study_name=name, load_if_exists=True, sampler=optuna.samplers.RandomSampler(seed=0)
-        )
+            return RDBStorage(where)
+        path = Path(where).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
     except Exception as error:  # whatever a driver of a database raises
         raise SettingsError(
             f"study storage {where!r} cannot be opened: {str(error).splitlines()[0]}",

@@ -1,0 +1,89 @@
+"""`regrow search`, and shapes by name: what is left, what is said, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from prompt import Command, Refused
+
+QUICK = (
+    "--calibration-tokens", 512, "--set", "calibration.block=64", "--set", "search.tokens=512", "--text", "none",
+    "--set", "divisors={neuron: 16, channel: 16}", "--set", "recover.block=64", "--set", "evaluate.samples=[]",
+)  # fmt: skip
+
+
+def test_search(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
+    """A finished folder, its study beside it, and what it took on the page."""
+    out, study = tmp_path / "out", tmp_path / "study"
+    asked = ("search", sprout_dir, "--method", "grid", "--params", "1.15M", "--candidates", 3, "--top", 2)
+    asked = (*asked, "--rank-tokens", 512, "--also", "kv=100%", "--storage", study, *QUICK)
+    done = regrow(*asked, "--worker")
+    assert done.code == 0, done.err
+    assert done.out.startswith("the search is over: ")
+    assert list(tmp_path.iterdir()) == [study]
+    done = regrow(*asked, "--out", out, "--json")
+    assert done.code == 0, done.err
+    found = json.loads((out / "search.json").read_text(encoding="utf-8"))
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert 0.95 * 1.15e6 <= report["after"]["size/parameters"]["value"] <= 1.15e6
+    assert report["search"] == found
+    assert report["stages"]["search"]["tokens"] == found["tokens"] > 0
+    assert "recover" not in report["stages"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Why this shape" in page
+    assert page.count('<tr class="chosen">') == 1
+    assert f"{found['chosen']['neuron']}" in page
+    assert any("trained, with" in note for note in done.json["notes"])
+
+
+def test_random(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
+    asked = ("search", sprout_dir, "--method", "random", "--keep", "70%", "--candidates", 2, "--rank-tokens", 0)
+    first, second = (tmp_path / name for name in ("a", "b"))
+    for out, seed in ((first, 0), (second, 1)):
+        done = regrow(*asked, *QUICK, "--seed", seed, "--out", out, "-q")
+        assert done.code == 0, done.err
+    found = [json.loads((out / "search.json").read_text(encoding="utf-8")) for out in (first, second)]
+    assert [row["widths"] for row in found[0]["scored"]] != [row["widths"] for row in found[1]["scored"]]
+
+
+def test_a_shape_by_name(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = ("run", "minitron", "--model", sprout_dir, "--shape", "layers=5,neuron=200", "--recover-tokens", 0)
+    done = regrow(*asked, "--set", "evaluate.samples=[]", "--set", "evaluate.tasks=[]", "--text", "none", "--out", out)
+    assert done.code == 0, done.err
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert (config["num_hidden_layers"], config["intermediate_size"], config["hidden_size"]) == (5, 200, 128)
+    assert "layer=5,neuron=200" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--keep", "80%", "--params", "1M"), ("--keep 80% and --params 1M", "leave one")),
+        (("--keep", "5%"), ("none of", "the nearest has")),
+        (("--also", "kv=10%"), ("kv=10%", "the nearest has")),
+        (("--latency", "fast"), ("latency 'fast'", "12ms")),
+        (("--method", "best"), ("best", "grid, random")),
+        (("--storage", "nosuch://here"), ("nosuch://here", "the URL of a database")),
+        (("--axes", "neuron,channel", "--set", "search.choices={layer: [4]}"), ("choices of layers", "add layer")),
+        (("--criterion", "nosuch"), ("nosuch", "criterion")),
+    ],
+)
+def test_what_is_refused(
+    refused: Refused, sprout_dir: Path, tmp_path: Path, words: tuple[str, ...], says: tuple[str, ...]
+) -> None:
+    refused("search", sprout_dir, *QUICK, *words, "--out", tmp_path / "out", says=says)
+
+
+def test_a_search_needs_a_place_to_end(refused: Refused, sprout_dir: Path) -> None:
+    refused("search", sprout_dir, says=("without --out", "--worker"))
+
+
+def test_shapes_that_cannot_be(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    asked = ("run", "minitron", "--model", sprout_dir, "--out", tmp_path / "out", "--shape")
+    refused(*asked, "neuron=many", says=("neuron=many", "whole numbers"))
+    refused(*asked, "neuron=400", says=("400", "1 to 352"))
+    refused(*asked, "tail=1", says=("tail", "layer, group, head, neuron, channel"))
+    refused(*asked, "neuron=100", "--keep", "80%", says=("shape and keep",))
