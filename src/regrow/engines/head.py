@@ -128,9 +128,10 @@ def final_states(model: Any, ids: Tensor) -> Tensor:  # (b, T, C)
 def tied_weight(model: Any) -> Iterator[Tensor | None]:
     """The head's weight (V, C), where the embedding learns and is the same, for a forward pass within; else None.
 
-    Autograd would hold two gradients as large as it, the head's and the lookup's. Here the lookup's has the rows that
-    were read, and comes first, so that they are added into the head's. A head with this weight must follow the pass:
-    rows alone are no gradient that an optimiser takes. Spread weights (FSDP2) are left alone, and other devices.
+    By itself autograd makes two gradients as large as it, the head's and the lookup's. Here the lookup's has only the
+    rows that were read and comes first, so that they are added into the head's. A head with this weight must follow the
+    pass: rows alone are no gradient that an optimiser takes. Weights that are spread (FSDP2) keep their two, and so do
+    devices other than CPU and CUDA.
     """
     embedding, weight = model.get_input_embeddings(), getattr(model.get_output_embeddings(), "weight", None)
     if (

@@ -62,8 +62,8 @@ class FromOnlineTeacher(FromTeacher):
         if not torch.is_grad_enabled():
             return answer
         loss, parts = answer if isinstance(answer, tuple) else (answer, {})
-        taught, told = self.predictions(
+        taught, also = self.predictions(
             own.head, told.head, own.states, told.states, following=targets(batch), text=1.0
         )
-        also = {f"teacher_{name}": value for name, value in told.items()}
-        return loss + (taught - taught.detach()), {**parts, **also}  # the teacher's gradients, the student's number
+        theirs = {f"teacher_{name}": value for name, value in also.items()}
+        return loss + (taught - taught.detach()), {**parts, **theirs}  # the teacher's gradients, the student's number
