@@ -72,6 +72,7 @@ def learn(spread: Callable[[Any], None] | None, tied: bool) -> tuple[LlamaForCau
     loss = FromTeacher(teacher, DIVERGENCES.get("forward-kl"), text=0.5, matcher=matcher)
     world, rank = (1, 0) if spread is None else (distributed.get_world_size(), distributed.get_rank())
     losses: list[Tensor] = []
+    text = joined([Packed(patterns(3, 7)), Packed(patterns(2, 8))])
     with whole_again(student):
         if spread is not None:
             spread(student)
@@ -92,8 +93,7 @@ def learn(spread: Callable[[Any], None] | None, tied: bool) -> tuple[LlamaForCau
             optimizer.step()
             optimizer.zero_grad()
             losses.append(total)
-        text = joined([Packed(patterns(3, 7)), Packed(patterns(2, 8))])
-        held = by_domain(student, text, torch.device("cpu"))
+            held = by_domain(student, text, torch.device("cpu"))
     return student, {"losses": torch.stack(losses).tolist(), "held": held}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from regrow.artifacts.goal import Divergence
-from regrow.engines.head import PROBE, Head, Measure, final_states, head_of, mean_over_tokens, trusted_head
+from regrow.engines.head import (
+    PROBE,
+    Head,
+    Measure,
+    final_states,
+    head_of,
+    mean_over_tokens,
+    tied_weight,
+    trusted_head,
+)
 from regrow.engines.match import Heard, Matcher, listening
 from regrow.engines.objective import Answer, Objective
 from regrow.engines.packed import learnt
@@ -42,6 +52,14 @@ class Teacher(NamedTuple):
     source: dict[str, Any]
 
 
+class Pass(NamedTuple):
+    """What a model gave for a batch."""
+
+    states: Tensor  # (n, C), what the head receives where it counts
+    head: Head
+    heard: Heard
+
+
 def needed_head(model: Any, who: str) -> Head:
     """The head of a model in its wrappers. Raises `UnsupportedModel` when it is no plain linear."""
     head = head_of(bare(model), model)
@@ -52,6 +70,17 @@ def needed_head(model: Any, who: str) -> Head:
             "train without a teacher",
         )
     return head
+
+
+def read(model: Any, ids: Tensor, who: str) -> tuple[Tensor, Head]:
+    """The states (b, T, C) that a model in its wrappers has for `ids` (b, T) int64, and the head to take them to.
+
+    Raises `UnsupportedModel` as `needed_head` does.
+    """
+    with tied_weight(bare(model)) as weight:
+        states = final_states(model, ids)
+    head = needed_head(model, who)
+    return states, head if weight is None else replace(head, weight=weight)
 
 
 def checked_head(model: Any, who: str) -> Head:
@@ -99,36 +128,33 @@ class FromTeacher:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
         with torch.no_grad():
-            told = self.run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
-        return self.compare(told, self.run(model, bare(model), ids, mask), needed_head(model, "student"), batch)
+            told = self.run(self.teacher, ids.to(self.teacher.device), mask, "teacher")
+        return self.compare(told, self.run(model, ids, mask, "student"), batch)
 
-    def compare(
-        self, told: tuple[Tensor, Heard], own: tuple[Tensor, Heard], head: Head, batch: Mapping[str, Tensor]
-    ) -> Answer:
-        """What the student lowers, from what `run` gave of the teacher and of itself, and the student's head."""
-        (theirs, heard), (ours, mine), mask = told, own, learnt(batch)
+    def compare(self, told: Pass, own: Pass, batch: Mapping[str, Tensor]) -> Answer:
+        """What the student lowers, from what the teacher and itself gave."""
         loss, parts = self.predictions(
-            needed_head(self.teacher, "teacher"),
-            head,
-            theirs.to(ours.device),
-            ours,
+            told.head,
+            own.head,
+            told.states.to(own.states.device),
+            own.states,
             following=targets(batch),
             text=self.text,
         )
         if self.matcher is not None:
-            states = self.matcher(heard, mine, mask)
+            states = self.matcher(told.heard, own.heard, learnt(batch))
             weight = self.matcher.match.weight
             even = parts["divergence"] / states.detach().clamp_min(TINY)
             parts["states"] = states.detach()
             loss = loss + states * (even if weight is None else weight)
         return (loss, parts) if len(parts) > 1 else loss
 
-    def run(self, model: Any, own: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Heard]:
-        """States that the head receives where they count (n, C), and what was heard on the way."""
+    def run(self, model: Any, ids: Tensor, mask: Tensor | None, who: str) -> Pass:
+        """A forward pass over `ids` (b, T); `mask` (b, T - 1) says where states count."""
         with ExitStack() as stack:
-            heard = stack.enter_context(listening(own, self.matcher.match)) if self.matcher else {}
-            final = final_states(model, ids)  # (b, T, C)
-        return counting(final, mask), heard
+            heard = stack.enter_context(listening(bare(model), self.matcher.match)) if self.matcher else {}
+            final, head = read(model, ids, who)  # (b, T, C)
+        return Pass(counting(final, mask), head, heard)
 
     def predictions(
         self, known: Head, head: Head, theirs: Tensor, ours: Tensor, *, following: Tensor, text: float

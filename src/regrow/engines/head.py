@@ -6,7 +6,8 @@ vocabulary. Results are those of the plain way, to rounding. What this gives up:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,6 +124,35 @@ def final_states(model: Any, ids: Tensor) -> Tensor:  # (b, T, C)
     return found[0]
 
 
+@contextmanager
+def tied_weight(model: Any) -> Iterator[Tensor | None]:
+    """The head's weight (V, C), where the embedding learns and is the same, for a forward pass within; else None.
+
+    By itself autograd makes two gradients as large as it, the head's and the lookup's. Here the lookup's has only the
+    rows that were read and comes first, so that they are added into the head's. A head with this weight must follow the
+    pass: rows alone are no gradient that an optimiser takes. Weights that are spread (FSDP2) keep their two, and so do
+    devices other than CPU and CUDA.
+    """
+    embedding, weight = model.get_input_embeddings(), getattr(model.get_output_embeddings(), "weight", None)
+    if (
+        not torch.is_grad_enabled()
+        or not isinstance(embedding, nn.Embedding)
+        or embedding.weight is not weight
+        or not weight.requires_grad
+        or not (weight.is_cpu or weight.is_cuda)
+        or hasattr(weight, "full_tensor")
+        or embedding.sparse
+        or embedding.scale_grad_by_freq
+    ):
+        yield None
+        return
+    embedding.sparse = True
+    try:
+        yield _Early.apply(weight)  # type: ignore[no-untyped-call]
+    finally:
+        embedding.sparse = False
+
+
 @torch.no_grad()
 def trusted_head(model: Any, ids: Tensor) -> Head | None:
     """The head, when body and head give the model's own loss on a few tokens of `ids` (b, T); else None."""
@@ -131,6 +161,18 @@ def trusted_head(model: Any, ids: Tensor) -> Head | None:
         return None
     own = model(input_ids=few, labels=few, use_cache=False).loss
     return head if bool((next_token(model, head, few) - own).abs() <= CLOSE * own.abs()) else None
+
+
+class _Early(torch.autograd.Function):
+    """A tensor as it is. On the way back what was made later goes first, so its gradient waits for theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:  # noqa: ARG004
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> Tensor:  # noqa: ARG004
+        return above[0]
 
 
 class _Pieces(torch.autograd.Function):

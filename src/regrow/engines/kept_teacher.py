@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from regrow.artifacts.goal import Divergence
 from regrow.engines.chunks import in_chunks
-from regrow.engines.distil import checked_head, counting, needed_head, predictions, targets
+from regrow.engines.distil import checked_head, counting, predictions, read, targets
 from regrow.engines.head import NUMBERS, Head, final_states
 from regrow.engines.objective import Answer
 from regrow.engines.packed import learnt
@@ -123,8 +123,8 @@ class FromKept:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
         tokens, logs = (counting(kept, mask) for kept in self.kept.of(ids))  # (n, k), (n, k + 1)
-        ours = counting(final_states(model, ids), mask)  # (n, C)
-        head = needed_head(model, "student").first(self.kept.rows)
+        states, head = read(model, ids, "student")
+        ours, head = counting(states, mask), head.first(self.kept.rows)  # (n, C)
 
         def measure(logits: Tensor, piece: slice) -> Tensor:  # (p,)
             return self.divergence.measure(logs[piece], coarse(logits, tokens[piece]), **self.options)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regrow.artifacts.goal import Divergence
 from regrow.engines.adapters import add_adapters
-from regrow.engines.distil import FromTeacher, bare, needed_head, targets
+from regrow.engines.distil import FromTeacher, targets
 from regrow.engines.match import Matcher
 from regrow.engines.objective import Answer, Objective
 from regrow.engines.packed import learnt
@@ -55,16 +55,15 @@ class FromOnlineTeacher(FromTeacher):
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
-        theirs, heard = self.run(self.teacher, self.teacher, ids.to(self.teacher.device), mask)
-        ours, mine = self.run(model, bare(model), ids, mask)
-        head = needed_head(model, "student")
-        still = {place: state.detach() for place, state in heard.items()}
-        answer = self.compare((theirs, still), (ours, mine), head, batch)
+        told = self.run(self.teacher, ids.to(self.teacher.device), mask, "teacher")
+        own = self.run(model, ids, mask, "student")
+        still = {place: state.detach() for place, state in told.heard.items()}
+        answer = self.compare(told._replace(heard=still), own, batch)
         if not torch.is_grad_enabled():
             return answer
         loss, parts = answer if isinstance(answer, tuple) else (answer, {})
-        taught, told = self.predictions(
-            head, needed_head(self.teacher, "teacher"), ours, theirs, following=targets(batch), text=1.0
+        taught, also = self.predictions(
+            own.head, told.head, own.states, told.states, following=targets(batch), text=1.0
         )
-        also = {f"teacher_{name}": value for name, value in told.items()}
-        return loss + (taught - taught.detach()), {**parts, **also}  # the teacher's gradients, the student's number
+        theirs = {f"teacher_{name}": value for name, value in also.items()}
+        return loss + (taught - taught.detach()), {**parts, **theirs}  # the teacher's gradients, the student's number

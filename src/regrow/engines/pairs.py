@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from regrow.engines.chunks import in_chunks
-from regrow.engines.distil import needed_head
-from regrow.engines.head import Head, final_states, sum_over_tokens
+from regrow.engines.distil import read
+from regrow.engines.head import Head, sum_over_tokens
 from regrow.engines.objective import Answer
 from regrow.engines.sampling import continued
 
@@ -78,8 +78,8 @@ class Preferred:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids = batch["input_ids"].reshape(2 * len(batch["input_ids"]), -1)  # (2 b, T), teacher's and student's in turn
         counts = self.counting(ids)  # (2 b, T - 1)
-        states = final_states(model, ids)[:, :-1][counts]  # (n, C)
-        head, following = needed_head(model, "student"), ids[:, 1:][counts]  # (n,)
+        every, head = read(model, ids, "student")
+        states, following = every[:, :-1][counts], ids[:, 1:][counts]  # (n, C), (n,)
         sequence = counts.nonzero()[:, 0]  # (n,) int64, which of them a token is of
         weight = 1 / counts.sum(1) if self.by_length else torch.ones(len(ids), device=ids.device)  # (2 b,)
         chances = -token_losses(head, states.detach(), following)  # (n,)
