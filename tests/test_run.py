@@ -17,6 +17,8 @@ from transformers import logging as hf_logging
 
 import regrow.kept as kept
 import regrow.run as road
+from models import anatomy_of, make
+from regrow.artifacts.budget import Budget
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
 from regrow.artifacts.scores import Scores
@@ -24,6 +26,7 @@ from regrow.artifacts.shape import Shape
 from regrow.artifacts.sight import CRITERIA
 from regrow.dryrun import ITEM_TOKENS, SCORE_COPIES, dry_run, machine_gflops
 from regrow.engines import checkpoint, provenance
+from regrow.engines.bind import Subject
 from regrow.errors import (
     BudgetError,
     IdentityError,
@@ -34,6 +37,7 @@ from regrow.errors import (
     TextError,
     UnknownName,
 )
+from regrow.prepare import as_wish, check_merge
 from regrow.recipe_files import RECIPES, find_recipe, overlay, read_recipe, recipe_names
 from regrow.settings import Recipe, parse
 from regrow.stages import recover as recovering
@@ -417,6 +421,47 @@ def test_a_sparse_model_that_is_cut_keeps_the_zeros_of_what_is_left(
     with pytest.warns(RegrowWarning, match="zeros are filled by plain LoRA"):
         report = walk(recipe(**wish, keep="70%", recover=filled), tmp_path / "filled")
     assert any("filled by plain LoRA" in note for note in report.notes)
+
+
+def test_heads_are_merged_on_the_road(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"axes": ["head", "neuron"], "uniform": True, "split": {"head": 1, "neuron": 0.2}}
+    walk(recipe(keep="85%", merge_heads="minitron", **asked), tmp_path / "merged")
+    plan = Plan.from_json(json.loads((tmp_path / "merged" / "plan.json").read_text()))
+    assert plan.merge == "minitron"
+    assert all(len(layer.merged) == 4 for layer in plan.layers)
+    walk(recipe(keep="85%", **asked), tmp_path / "plain")
+    merged, plain = (checkpoint.read(tmp_path / name)[0].state_dict() for name in ("merged", "plain"))
+    other = [name for name in plain if not torch.equal(merged[name], plain[name])]
+    assert other == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(6)]
+    forbid(monkeypatch, "score", "calibration")
+    with pytest.raises(SettingsError, match="no query heads go"):
+        walk(recipe(merge_heads="laco"), tmp_path / "out")
+
+
+def test_heads_of_a_sparse_model_are_not_merged(
+    recipe: Make, tmp_path: Path, sprout_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its zeros would be filled; said before anything is scored."""
+    import regrow
+
+    quiet = {"text": None, "samples": []}
+    regrow.sparsify(str(sprout_dir), tmp_path / "sparse", pattern="50%", criterion="magnitude", evaluate=quiet)
+    forbid(monkeypatch, "score", "calibration")
+    asked = recipe(model=str(tmp_path / "sparse"), axes=["head", "neuron"], merge_heads="laco")
+    with pytest.raises(SettingsError, match=r"of a sparse model"):
+        walk(asked, tmp_path / "out")
+
+
+def test_heads_that_cannot_be_merged_are_found_before_the_scores(recipe: Make) -> None:
+    """Whatever the scores: one of three stays in the layers that the spread does not protect."""
+    model = make("llama", num_hidden_layers=6, num_key_value_heads=2)
+    subject = Subject(model, None, anatomy_of(model), {}, torch.float32)  # type: ignore[arg-type]
+    asked = recipe(axes=["head", "neuron"], split={"head": 1, "neuron": 0.1}, keep="80%", merge_heads="laco")
+    wish = as_wish(asked)
+    assert wish is not None
+    with pytest.raises(SettingsError, match=r"merge_heads where 1 of 3 heads stay"):
+        check_merge(subject, asked, wish)
+    check_merge(subject, asked, dataclasses.replace(wish, budget=Budget.parse("97%"), spread="across"))
 
 
 def test_two_runs_do_not_train_in_one_folder(recipe: Make, tmp_path: Path, cache: Path) -> None:

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regrow.artifacts.family import Unit
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
-from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
 from regrow.artifacts.share import ZERO_SPREADS
 from regrow.engines import head, likelihood, products, tasks
@@ -24,13 +22,13 @@ from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
 from regrow.errors import MissingDemo
+from regrow.foretold import foretold_plan
 from regrow.prepare import check_words, chosen_criteria, fitted
 from regrow.recovery import Distil
 from regrow.settings import Evaluate, Recipe
 from regrow.sparse_costs import sparse_bytes, sparse_flops
 from regrow.stages import sparsify
 from regrow.stages.load import as_dtype
-from regrow.stages.plan import Wish, make_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -73,27 +71,6 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
         "loads_as": loads_as(config, anatomy, plan, guessed),
         "notes": notes,
     }
-
-
-def foretold_plan(anatomy: Anatomy, wish: Wish) -> tuple[Plan, bool]:
-    """A plan of the shape that the run will leave, and whether scores may change that shape.
-
-    Only `across` looks at scores to share units among layers; for the others they decide which units go, and which
-    layers get the few that are left over.
-    """
-    sizes = anatomy.sizes
-    sides: dict[Unit, tuple[int, ...]] = {
-        "layer": (sizes["L"],),
-        "group": (sizes["L"], sizes["K"]),
-        "head": (sizes["L"], sizes["H"]),
-        "neuron": (sizes["L"], sizes["F"]),
-        "channel": (sizes["C"],),
-    }
-    table = {unit: torch.ones(sides[unit]) for unit in wish.axes}
-    even = Scores(table, {"criteria": {unit: {"comparable": True} for unit in wish.axes}})
-    guessed = wish.spread == "across" and not wish.uniform and bool({"group", "head", "neuron"} & set(wish.axes))
-    plan = make_plan(anatomy, even, replace(wish, spread="uniform") if guessed else wish)
-    return plan, guessed and plan.shape() != anatomy.dense
 
 
 def loads_as(config: PreTrainedConfig, anatomy: Anatomy, plan: Plan, guessed: bool) -> str:

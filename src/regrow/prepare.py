@@ -27,6 +27,7 @@ from regrow.engines.match import check_depths
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, is_rows, shared
 from regrow.errors import RegrowWarning, SettingsError, TextError
+from regrow.foretold import foretold_plan
 from regrow.recovery import BASE, KEEPS, KEEPS_CUT, Recover
 from regrow.settings import Recipe
 from regrow.stages import sparsify
@@ -173,10 +174,24 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
             warnings.warn(said, RegrowWarning, stacklevel=2)
     if wish is None:
         check_spp(subject, recipe)
+    elif wish.merge != "off":
+        check_merge(subject, recipe, wish)
     check_zeros(subject, recipe)
     check_tongue(subject, recipe)
     check_blocks(subject, recipe)
     check_texts(subject, recipe)
+
+
+def check_merge(subject: Subject, recipe: Recipe, wish: Wish) -> None:
+    """Refuse to merge heads where fewer stay than go, and in a sparse model. Raises `SettingsError`."""
+    if recipe.search is None:
+        foretold_plan(subject.anatomy, wish)
+    if zeros.of_model(subject.model, subject.anatomy, None).sparse:
+        raise SettingsError(
+            f"merge_heads = {wish.merge} of a sparse model, whose zeros it would fill",
+            "a dense model",
+            "merge heads first and sparsify then, or leave merge_heads out",
+        )
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -344,6 +359,7 @@ def as_wish(recipe: Recipe) -> Wish | None:
         uniform=recipe.uniform,
         divisors=recipe.divisors,
         rescale_norms=recipe.rescale_norms,
+        merge=recipe.merge_heads,
     )
 
 

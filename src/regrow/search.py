@@ -22,7 +22,7 @@ from regrow.artifacts.family import UNITS, Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import count
-from regrow.artifacts.space import Space, Widths, drawn, inside, said, shape_of, space_of, totals_of, unbeaten
+from regrow.artifacts.space import Space, Widths, drawn, full, inside, said, shape_of, space_of, totals_of, unbeaten
 from regrow.engines import tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import measure_speed
@@ -30,7 +30,7 @@ from regrow.engines.distil import Teacher
 from regrow.engines.perplexity import block_losses
 from regrow.engines.texts import documents, fingerprint
 from regrow.engines.walk import check_finite
-from regrow.errors import BudgetError, TextError
+from regrow.errors import BudgetError, SettingsError, TextError
 from regrow.kept import Progress, read_by
 from regrow.prepare import recovery_text
 from regrow.recovery import Recover
@@ -119,11 +119,26 @@ def check_search(subject: Subject, recipe: Recipe) -> None:
         space_of(subject.anatomy, recipe.axes, {unit: (count,) for unit, count in recipe.shape.items()}, {})
     if recipe.search is None:
         return
-    candidates(subject, recipe)
+    pool = candidates(subject, recipe)
+    if recipe.merge_heads != "off":
+        check_merged(subject, pool)
     judges(subject, recipe)
     if recipe.search.rank_tokens:
         train = recipe.recover or ranking(recipe)
         recovery_text(subject, train, "recovery", count=train.block, seed=recipe.seed)
+
+
+def check_merged(subject: Subject, pool: Pool) -> None:
+    """Raise `SettingsError` for a shape in which fewer heads stay than go, of a search that merges heads."""
+    heads: Unit = "group" if subject.anatomy.sizes["G"] == 1 else "head"
+    whole = full(subject.anatomy)[heads]
+    few = min(point[heads] for point in pool.points)
+    if 2 * few < whole:
+        raise SettingsError(
+            f"merge_heads in a search among shapes that keep {few} of {whole} {heads}s",
+            f"at least {-(-whole // 2)}: each that goes is merged into one that stays",
+            f"name search.choices of {heads}s, or leave merge_heads out",
+        )
 
 
 def candidates(subject: Subject, recipe: Recipe) -> Pool:
@@ -174,6 +189,7 @@ class _Work:
             "seed": recipe.seed,
             "scores": dict(scores.made_by),
             "rescale_norms": wish.rescale_norms,
+            "merge": wish.merge,
             "judges": self.asked.tokens,
             "code": cache.code(),
             **read_by(recipe),
