@@ -37,7 +37,7 @@ from regrow.errors import (
     TextError,
     UnknownName,
 )
-from regrow.prepare import as_wish, check_merge
+from regrow.prepare import as_wish, check_steps
 from regrow.recipe_files import RECIPES, find_recipe, overlay, read_recipe, recipe_names
 from regrow.settings import Recipe, parse
 from regrow.stages import recover as recovering
@@ -460,8 +460,8 @@ def test_heads_that_cannot_be_merged_are_found_before_the_scores(recipe: Make) -
     wish = as_wish(asked)
     assert wish is not None
     with pytest.raises(SettingsError, match=r"merge_heads where 1 of 3 heads stay"):
-        check_merge(subject, asked, wish)
-    check_merge(subject, asked, dataclasses.replace(wish, budget=Budget.parse("97%"), spread="across"))
+        check_steps(subject, asked, wish)
+    check_steps(subject, asked, dataclasses.replace(wish, budget=Budget.parse("97%"), spread="across"))
 
 
 def test_two_runs_do_not_train_in_one_folder(recipe: Make, tmp_path: Path, cache: Path) -> None:

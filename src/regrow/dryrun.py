@@ -53,7 +53,9 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
         wish = replace(wish, uniform=True)
     if recipe.sparsify is not None:
         sparsify.check_shapes(anatomy, recipe.sparsify)
-    plan, guessed = (Plan.everything(anatomy), False) if wish is None else foretold_plan(anatomy, wish)
+    plan, guessed = (
+        (Plan.everything(anatomy), False) if wish is None else foretold_plan(config, anatomy, wish, recipe.stages)
+    )
     shape, asked = plan.shape(), measuring(recipe.evaluate)
     speed = gflops or machine_gflops()
     notes = ["minutes are rough: FLOPs over a measured speed, one device", *asked.notes]
@@ -141,7 +143,7 @@ def _by_themselves(asked: Distil, dense: Costs, cut: Costs) -> int:
 
 
 def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops: float) -> list[dict[str, Any]]:
-    """Scoring and surgery."""
+    """Scoring and surgery. What lies between the steps of a cut is taken to be as large as the dense model."""
     asked = recipe.calibration
     sees = {c.criterion.sees for c in chosen_criteria(recipe).values()}
     forwards = sum(PASSES.get(s, 0.0) for s in sees) + (0.6 * anatomy.sizes["L"] if "removal" in sees else 0.0)
@@ -150,9 +152,9 @@ def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops:
     return [
         _row(
             "score",
-            asked.tokens if forwards else 0,
+            recipe.stages * asked.tokens if forwards else 0,
             forwards * dense.flops_per_token,
-            copies * 4 * dense.parameters + asked.block * logits,
+            (copies + (recipe.stages > 1)) * 4 * dense.parameters + asked.block * logits,
             gflops,
         ),
         _row("cut and write", 0, 0, 4 * dense.parameters + anatomy.store_bytes * cut.parameters, gflops),

@@ -82,6 +82,8 @@ def check_asked_shape(recipe: Recipe) -> None:
     if recipe.shape and recipe.keep is not None:
         raise SettingsError(f"shape and keep = {recipe.keep}", "one of them", "leave keep out: the shape says all")
     asked = recipe.search
+    if recipe.stages > 1:
+        _check_stages(recipe)
     if asked is None:
         return
     if recipe.keep is None:
@@ -97,6 +99,23 @@ def check_asked_shape(recipe: Recipe) -> None:
             f"a search in {processes.count()} processes that train as one",
             "processes that share its study: each is a command of its own",
             "search with `regrow search` and as many `regrow search --worker` as you like, then recover the folder",
+        )
+
+
+def _check_stages(recipe: Recipe) -> None:
+    """Raise `SettingsError` where a cut cannot go in steps."""
+    if recipe.search is not None:
+        raise SettingsError(
+            f"stages = {recipe.stages} in a search, which cuts every shape at once",
+            "one of them",
+            "search first, then cut to the `shape` that it chose in stages",
+        )
+    inside = {"group", "head", "neuron"} & set(recipe.axes)
+    if inside and not recipe.uniform:
+        raise SettingsError(
+            f"stages = {recipe.stages} of a cut whose layers may differ in width",
+            "the same widths in every layer, so that what lies between two steps can be scored",
+            "use --uniform, or stages=1",
         )
 
 
@@ -174,19 +193,20 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
             warnings.warn(said, RegrowWarning, stacklevel=2)
     if wish is None:
         check_spp(subject, recipe)
-    elif wish.merge != "off":
-        check_merge(subject, recipe, wish)
+    else:
+        check_steps(subject, recipe, wish)
     check_zeros(subject, recipe)
     check_tongue(subject, recipe)
     check_blocks(subject, recipe)
     check_texts(subject, recipe)
 
 
-def check_merge(subject: Subject, recipe: Recipe, wish: Wish) -> None:
-    """Refuse to merge heads where fewer stay than go, and in a sparse model. Raises `SettingsError`."""
-    if recipe.search is None:
-        foretold_plan(subject.anatomy, wish)
-    if zeros.of_model(subject.model, subject.anatomy, None).sparse:
+def check_steps(subject: Subject, recipe: Recipe, wish: Wish) -> None:
+    """Refuse steps that lead nowhere whatever the scores, merging where fewer heads stay than go, and merging in a
+    sparse model. Raises `SettingsError`, `BudgetError`."""
+    if recipe.search is None and (recipe.stages > 1 or wish.merge != "off"):
+        foretold_plan(subject.model.config, subject.anatomy, wish, recipe.stages)
+    if wish.merge != "off" and zeros.of_model(subject.model, subject.anatomy, None).sparse:
         raise SettingsError(
             f"merge_heads = {wish.merge} of a sparse model, whose zeros it would fill",
             "a dense model",

@@ -173,6 +173,11 @@ class Recipe(Part):
         default="off",
         description="add each query head that goes into one that stays: kept + (kept - gone), or kept + (gone - kept)",
     )
+    stages: int = Field(
+        default=1,
+        ge=1,
+        description="equal steps that the cut takes, scored anew before each; more than one when uniform",
+    )
     calibration: Calibration = Field(default=Calibration(), description="text that scores are measured on")
     shape: dict[Axis, Step] = Field(
         default_factory=dict, description="exact widths instead of a budget, a layer's (heads: a group's)"

@@ -7,7 +7,7 @@ What this gives up: a plan says nothing of weights, so it fits any checkpoint of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regrow.artifacts.shape import Anatomy, LayerShape, Shape
@@ -56,6 +56,27 @@ class Plan:
                 for i in range(sizes["L"])
             ),
         )
+
+    def then(self, later: Plan) -> Plan:
+        """This plan and a `later` one of what it leaves, as one of the intact model. Heads are merged in that order."""
+
+        def of(kept: tuple[int, ...], picked: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(kept[i] for i in picked)
+
+        rows = []
+        for x in later.layers:
+            own = self.layers[x.index]
+            more = ((own.heads[into], own.heads[gone]) for into, gone in x.merged)
+            rows.append(
+                LayerPlan(
+                    own.index,
+                    of(own.groups, x.groups),
+                    of(own.heads, x.heads),
+                    of(own.neurons, x.neurons),
+                    (*own.merged, *more),
+                )
+            )
+        return replace(self, channels=of(self.channels, later.channels), layers=tuple(rows))
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise `SettingsError` unless the plan fits the model: in range, ascending, even heads, nothing empty; heads
