@@ -438,6 +438,41 @@ def test_heads_are_merged_on_the_road(recipe: Make, tmp_path: Path, monkeypatch:
         walk(recipe(merge_heads="laco"), tmp_path / "out")
 
 
+def test_a_task_chooses_which_layers_go(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run without which least goes wrong, among runs of the length that the budget asks for; kept for such runs."""
+    options = {"task": "piqa", "limit": 8}
+    asked = {"axes": ["layer"], "criterion": "contiguous-task", "options": options}
+    walk(recipe(keep="67%", **asked), tmp_path / "two")
+    plan = Plan.from_json(json.loads((tmp_path / "two" / "plan.json").read_text()))
+    scores = Scores.load(next((tmp_path / "cache" / "scores").glob("*.safetensors")))
+    costs = scores.table["layer"].diagonal(2)
+    start = int(costs.argmin())
+    assert [layer.index for layer in plan.layers] == [i for i in range(6) if not start <= i < start + 2]
+    assert int(scores.table["layer"].isfinite().sum()) == len(costs) == 5
+    assert scores.made_by["depths"] == [2]
+    report = walk(recipe(keep="50%", **asked), tmp_path / "three")
+    assert report.stages["score"]["cached"] is False
+    forbid(monkeypatch, "score")
+    walk(recipe(keep="52%", **asked), tmp_path / "again")
+
+    def refused(error: type[Exception], says: str, **changes: Any) -> None:
+        with pytest.raises(error, match=says):
+            walk(recipe(**{**asked, **changes}), tmp_path / "out")
+
+    refused(SettingsError, "task piqa is to choose", evaluate={"tasks": ["piqa"]})
+    refused(UnknownName, "did you mean 'piqa'", options={"task": "pika"})
+    refused(SettingsError, "limit=0", options={"limit": 0})
+    refused(SettingsError, "which are asked for once", stages=2)
+
+
+def test_a_dry_run_counts_what_is_asked_without_layers(recipe: Make) -> None:
+    """Two of six layers go: five runs, eight items each."""
+    asked = recipe(axes=["layer"], criterion="contiguous-task", options={"task": "piqa", "limit": 8}, keep="67%")
+    rows = {row["stage"]: row["tokens"] for row in dry_run(asked, gflops=1.0)["stages"]}
+    assert rows["ask without layers"] == 5 * 8 * ITEM_TOKENS
+    assert rows["score"] == 0
+
+
 def test_heads_of_a_sparse_model_are_not_merged(
     recipe: Make, tmp_path: Path, sprout_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

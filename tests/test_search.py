@@ -264,6 +264,24 @@ def test_a_search_among_shapes_that_merge_too_many_heads() -> None:
         searching.check_merged(subject, searching.Pool(pool.points[:1], 1, pool.space))
 
 
+def test_a_search_asks_a_task_for_every_depth_it_tries(recipe: Make) -> None:
+    from regrow.kept import scored
+    from regrow.prepare import as_wish
+
+    asked = recipe(
+        criteria={"layer": "contiguous-task"},
+        options={"task": "piqa", "limit": 4},
+        search={"rank_tokens": 0, "choices": {"layer": [6, 5, 4]}},
+    )
+    subject, wish = load(asked.model), as_wish(asked)
+    assert wish is not None
+    tried = {6 - point["layer"] for point in searching.candidates(subject, asked).points} - {0}
+    depths = searching.depths(subject, asked, wish)
+    assert depths == sorted(tried)
+    found = search(subject, asked, scored(subject, asked, {}, None, depths), wish, {}, None)
+    assert len(found.plan.layers) == found.record["chosen"]["layer"]
+
+
 def test_text_to_judge_by_is_not_what_was_scored(recipe: Make) -> None:
     from regrow.kept import calibration
 

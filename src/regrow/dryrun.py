@@ -17,13 +17,14 @@ from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
 from regrow.artifacts.share import ZERO_SPREADS
+from regrow.cut_checks import chosen_criteria
 from regrow.engines import head, likelihood, products, tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
 from regrow.errors import MissingDemo
 from regrow.foretold import foretold_plan
-from regrow.prepare import check_words, chosen_criteria, fitted
+from regrow.prepare import check_words, fitted
 from regrow.recovery import Distil
 from regrow.settings import Evaluate, Recipe
 from regrow.sparse_costs import sparse_bytes, sparse_flops
@@ -33,7 +34,11 @@ from regrow.stages.load import as_dtype
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
+SCORE_COPIES = {
+    **dict.fromkeys(("nothing", "weight", "flow", "angles", "removal", "task"), 1.0),
+    "grad": 2.0,
+    "fisher": 2.2,
+}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
 TRAIN_COPIES = {"full": 4.0, "cut": 4.0, "ast": 5.25}  # cut: at most; ast: the weights as seen, a byte for the mask
 PIECES = 6  # tensors of a piece of logits while a student learns from a teacher: both models', and what follows of them
@@ -120,7 +125,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
         rows = [before, *sparse_rows(recipe, anatomy, dense, gflops)]
     else:
         rows = [*cut_rows(recipe, anatomy, dense, cut, gflops)]
-        rows.insert(1, before)
+        rows[1:1] = [*asking_rows(recipe, anatomy, shape, gflops), before]
         rows[2:2] = search_rows(recipe, dense, cut, gflops)
     if trained is not None and trained.tokens:
         held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
@@ -159,6 +164,18 @@ def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops:
         ),
         _row("cut and write", 0, 0, 4 * dense.parameters + anatomy.store_bytes * cut.parameters, gflops),
     ]
+
+
+def asking_rows(recipe: Recipe, anatomy: Anatomy, shape: Shape, gflops: float) -> list[dict[str, Any]]:
+    """A task that is asked without every run of as many layers as go; a search asks for other lengths too."""
+    length, dense = anatomy.sizes["L"] - len(shape.layers), costs(anatomy, anatomy.dense)
+    rows = []
+    for choice in chosen_criteria(recipe).values():
+        if choice.criterion.sees == "task" and length:
+            items = (len(shape.layers) + 1) * tasks.count_items(choice.asked["task"], choice.asked["limit"])
+            peak = 4 * dense.parameters + task_logits(recipe.evaluate, anatomy)
+            rows.append(_row("ask without layers", items * ITEM_TOKENS, dense.flops_per_token, peak, gflops))
+    return rows
 
 
 def search_rows(recipe: Recipe, dense: Costs, cut: Costs, gflops: float) -> list[dict[str, Any]]:

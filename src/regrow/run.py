@@ -49,7 +49,7 @@ from regrow.prepare import (
 from regrow.recipe_files import dump
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
 from regrow.references import notes_of_text, with_references
-from regrow.search import Chosen, check_search, search
+from regrow.search import Chosen, check_search, depths, search
 from regrow.settings import Calibration, Recipe
 from regrow.staged import left_by, staged
 from regrow.stages import sparsify
@@ -157,7 +157,8 @@ def help_search(recipe: Recipe, *, progress: Progress | None = None) -> Chosen:
     subject, recipe, wish, _ = _ready(recipe, _Clock())
     if recipe.search is None or wish is None:
         raise SettingsError("a worker of a run that does not search", "a recipe with search", "name one, as minitron")
-    return search(subject, recipe, scored(subject, recipe, {}, progress), wish, {}, progress)
+    scores = scored(subject, recipe, {}, progress, depths(subject, recipe, wish))
+    return search(subject, recipe, scores, wish, {}, progress)
 
 
 def _by_the_first(out: Path) -> Report:
@@ -173,7 +174,7 @@ def _planned(
     if wish is None:
         return Plan.everything(subject.anatomy), None, None
     with clock.stage("score") as record:
-        scores = scored(subject, recipe, record, progress)
+        scores = scored(subject, recipe, record, progress, depths(subject, recipe, wish))
     if recipe.search is None:
         chosen = None
         with clock.stage("plan") as record:

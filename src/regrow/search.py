@@ -37,7 +37,7 @@ from regrow.recovery import Recover
 from regrow.settings import Recipe
 from regrow.stages.apply import cut_copy
 from regrow.stages.load import read_teacher
-from regrow.stages.plan import Wish, realise
+from regrow.stages.plan import Wish, meet, realise
 from regrow.stages.recover import recover
 from regrow.study import Beat, Point, Study
 
@@ -153,6 +153,19 @@ def candidates(subject: Subject, recipe: Recipe) -> Pool:
     if asked.method == "grid":
         points = unbeaten(points)
     return Pool(drawn(points, asked.candidates, recipe.seed), len(points), space)
+
+
+def depths(subject: Subject, recipe: Recipe, wish: Wish) -> list[int]:
+    """How many layers a plan may drop: those of every shape that is tried, or of what meets the budget best."""
+    if "layer" not in wish.axes:
+        return []
+    if recipe.search is not None:
+        kept = {point["layer"] for point in candidates(subject, recipe).points}
+    elif wish.widths is not None:
+        kept = {wish.widths["layer"]}
+    else:
+        kept = {meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))["layer"]}
+    return sorted({subject.anatomy.sizes["L"] - left for left in kept} - {0})
 
 
 def judges(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64

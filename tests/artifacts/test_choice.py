@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regrow.artifacts.choice import best, head_slots, heads_in, in_steps, keep_layers, merges, merges_in
+from regrow.artifacts.choice import best, head_slots, heads_in, in_steps, keep_layers, known, merges, merges_in
 from regrow.errors import SettingsError
 
 
@@ -57,3 +57,13 @@ def test_the_cheapest_run_goes() -> None:
     costs[1, 3] = 1.0
     assert keep_layers(costs, 2) == [0, 3]
     assert keep_layers(costs, 4) == [0, 1, 2, 3]
+
+
+def test_runs_that_nobody_looked_at() -> None:
+    costs = torch.full((4, 5), torch.nan)
+    costs[0, 2], costs[1, 3], costs[2, 4] = torch.tensor([3.0, 2.0, 1.0])
+    assert keep_layers(costs, 2) == [0, 1]
+    assert [known(costs, keep) for keep in (1, 2, 3, 4)] == [False, True, False, True]
+    assert known(torch.ones(4), 1)
+    with pytest.raises(ValueError, match="runs of 1 layers were not scored"):
+        keep_layers(costs, 3)

@@ -441,3 +441,17 @@ def test_what_cannot_be_merged() -> None:
         check_wish(single, wish("80%", ("neuron",), merge="laco"))
     with pytest.raises(SettingsError, match=r"merge_heads where 1 of 4 heads stay\n.*at least 2"):
         make_plan(grouped, scores(grouped, 1), wish("100%", ("head",), uniform=True, merge="laco", widths={"head": 1}))
+
+
+def test_only_depths_that_were_scored_are_planned() -> None:
+    """Of 6 layers runs of two were looked at: that many go, and the finer axis makes up for it."""
+    anatomy = small()
+    found = scores(anatomy, 6, runs=True)
+    table = torch.full((6, 7), torch.nan)
+    table.diagonal(2).copy_(found.table["layer"].diagonal(2))
+    asked = wish("60%", ("layer", "neuron"))
+    plan = make_plan(anatomy, Scores({**found.table, "layer": table}, found.made_by), asked)
+    assert len(plan.layers) == 4
+    start = int(table.diagonal(2).argmin())
+    assert [layer.index for layer in plan.layers] == [i for i in range(6) if i not in (start, start + 1)]
+    assert asked.budget.count(anatomy, plan.shape()) <= asked.budget.target(anatomy)

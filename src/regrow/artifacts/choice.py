@@ -32,8 +32,15 @@ def keep_layers(scores: Tensor, keep: int) -> list[int]:
     if scores.dim() == 1:
         return list(best(scores, keep))
     length = count - keep
+    if not known(scores, keep):
+        raise ValueError(f"runs of {length} layers were not scored")
     start = min(range(keep + 1), key=lambda first: float(scores[first, first + length])) if length else 0
     return [i for i in range(count) if not start <= i < start + length]
+
+
+def known(scores: Tensor, keep: int) -> bool:
+    """Whether layer scores say what goes when `keep` stay; a criterion may have looked at runs of some lengths only."""
+    return scores.dim() == 1 or keep == len(scores) or bool(scores[0, len(scores) - keep].isfinite())
 
 
 def in_steps(table: Tensor, divisor: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regrow.artifacts.ask import SPREADS, Ask
 from regrow.artifacts.budget import Budget
-from regrow.artifacts.choice import best, head_slots, heads_in, in_steps, keep_layers, merges, merges_in
+from regrow.artifacts.choice import best, head_slots, heads_in, in_steps, keep_layers, known, merges, merges_in
 from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.scores import Scores
@@ -98,7 +98,8 @@ def make_plan(anatomy: Anatomy, scores: Scores, wish: Wish) -> Plan:
         return realise(anatomy, scores, wish, totals_of(anatomy, wish.widths))
     target = wish.budget.target(anatomy)
     found: tuple[int, Plan] | None = None
-    for totals in _ranked(anatomy, wish, target)[:TRIES]:
+    ranked = _ranked(anatomy, wish, target)
+    for totals in [t for t in ranked if "layer" not in t or known(scores.table["layer"], t["layer"])][:TRIES]:
         lands, excess, plan = _nearby(anatomy, scores, wish, totals, target)
         if excess <= 0 and (found is None or lands or excess > found[0]):
             found = excess, plan
