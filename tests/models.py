@@ -23,7 +23,7 @@ from regrow.artifacts.shape import Anatomy
 from regrow.engines.bind import bind
 from regrow.engines.gates import Gates, from_plan, gated
 from regrow.engines.hetero import Holder, build, holder
-from regrow.engines.surgery import slice_model
+from regrow.engines.surgery import merged, slice_model
 
 torch.set_num_threads(1)  # at this size a second thread only costs
 
@@ -196,7 +196,7 @@ def cut(model: Any, kept: Plan, gates: Gates | None = None) -> Cut:
     """Mask, then slice; `model` is consumed."""
     anatomy = anatomy_of(model)
     intact = logits(model, ids())
-    with gated(model, anatomy, from_plan(anatomy, kept) if gates is None else gates):
+    with merged(model, anatomy, kept), gated(model, anatomy, from_plan(anatomy, kept) if gates is None else gates):
         masked = logits(model, ids())
     found = holder(model.config, anatomy, kept)
     small = build(found.config, dict(slice_model(model, anatomy, kept, gates)))

@@ -17,6 +17,8 @@ from transformers import logging as hf_logging
 
 import regrow.kept as kept
 import regrow.run as road
+from models import anatomy_of, make
+from regrow.artifacts.budget import Budget
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
 from regrow.artifacts.scores import Scores
@@ -24,6 +26,7 @@ from regrow.artifacts.shape import Shape
 from regrow.artifacts.sight import CRITERIA
 from regrow.dryrun import ITEM_TOKENS, SCORE_COPIES, dry_run, machine_gflops
 from regrow.engines import checkpoint, provenance
+from regrow.engines.bind import Subject
 from regrow.errors import (
     BudgetError,
     IdentityError,
@@ -34,6 +37,7 @@ from regrow.errors import (
     TextError,
     UnknownName,
 )
+from regrow.prepare import as_wish, check_steps
 from regrow.recipe_files import RECIPES, find_recipe, overlay, read_recipe, recipe_names
 from regrow.settings import Recipe, parse
 from regrow.stages import recover as recovering
@@ -417,6 +421,82 @@ def test_a_sparse_model_that_is_cut_keeps_the_zeros_of_what_is_left(
     with pytest.warns(RegrowWarning, match="zeros are filled by plain LoRA"):
         report = walk(recipe(**wish, keep="70%", recover=filled), tmp_path / "filled")
     assert any("filled by plain LoRA" in note for note in report.notes)
+
+
+def test_heads_are_merged_on_the_road(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"axes": ["head", "neuron"], "uniform": True, "split": {"head": 1, "neuron": 0.2}}
+    walk(recipe(keep="85%", merge_heads="minitron", **asked), tmp_path / "merged")
+    plan = Plan.from_json(json.loads((tmp_path / "merged" / "plan.json").read_text()))
+    assert plan.merge == "minitron"
+    assert all(len(layer.merged) == 4 for layer in plan.layers)
+    walk(recipe(keep="85%", **asked), tmp_path / "plain")
+    merged, plain = (checkpoint.read(tmp_path / name)[0].state_dict() for name in ("merged", "plain"))
+    other = [name for name in plain if not torch.equal(merged[name], plain[name])]
+    assert other == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(6)]
+    forbid(monkeypatch, "score", "calibration")
+    with pytest.raises(SettingsError, match="no query heads go"):
+        walk(recipe(merge_heads="laco"), tmp_path / "out")
+
+
+def test_a_task_chooses_which_layers_go(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run without which least goes wrong, among runs of the length that the budget asks for; kept for such runs."""
+    options = {"task": "piqa", "limit": 8}
+    asked = {"axes": ["layer"], "criterion": "contiguous-task", "options": options}
+    walk(recipe(keep="67%", **asked), tmp_path / "two")
+    plan = Plan.from_json(json.loads((tmp_path / "two" / "plan.json").read_text()))
+    scores = Scores.load(next((tmp_path / "cache" / "scores").glob("*.safetensors")))
+    costs = scores.table["layer"].diagonal(2)
+    start = int(costs.argmin())
+    assert [layer.index for layer in plan.layers] == [i for i in range(6) if not start <= i < start + 2]
+    assert int(scores.table["layer"].isfinite().sum()) == len(costs) == 5
+    assert scores.made_by["depths"] == [2]
+    report = walk(recipe(keep="50%", **asked), tmp_path / "three")
+    assert report.stages["score"]["cached"] is False
+    forbid(monkeypatch, "score")
+    walk(recipe(keep="52%", **asked), tmp_path / "again")
+
+    def refused(error: type[Exception], says: str, **changes: Any) -> None:
+        with pytest.raises(error, match=says):
+            walk(recipe(**{**asked, **changes}), tmp_path / "out")
+
+    refused(SettingsError, "task piqa is to choose", evaluate={"tasks": ["piqa"]})
+    refused(UnknownName, "did you mean 'piqa'", options={"task": "pika"})
+    refused(SettingsError, "limit=0", options={"limit": 0})
+    refused(SettingsError, "which are asked for once", stages=2)
+
+
+def test_a_dry_run_counts_what_is_asked_without_layers(recipe: Make) -> None:
+    """Two of six layers go: five runs, eight items each."""
+    asked = recipe(axes=["layer"], criterion="contiguous-task", options={"task": "piqa", "limit": 8}, keep="67%")
+    rows = {row["stage"]: row["tokens"] for row in dry_run(asked, gflops=1.0)["stages"]}
+    assert rows["ask without layers"] == 5 * 8 * ITEM_TOKENS
+    assert rows["score"] == 0
+
+
+def test_heads_of_a_sparse_model_are_not_merged(
+    recipe: Make, tmp_path: Path, sprout_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its zeros would be filled; said before anything is scored."""
+    import regrow
+
+    quiet = {"text": None, "samples": []}
+    regrow.sparsify(str(sprout_dir), tmp_path / "sparse", pattern="50%", criterion="magnitude", evaluate=quiet)
+    forbid(monkeypatch, "score", "calibration")
+    asked = recipe(model=str(tmp_path / "sparse"), axes=["head", "neuron"], merge_heads="laco")
+    with pytest.raises(SettingsError, match=r"of a sparse model"):
+        walk(asked, tmp_path / "out")
+
+
+def test_heads_that_cannot_be_merged_are_found_before_the_scores(recipe: Make) -> None:
+    """Whatever the scores: one of three stays in the layers that the spread does not protect."""
+    model = make("llama", num_hidden_layers=6, num_key_value_heads=2)
+    subject = Subject(model, None, anatomy_of(model), {}, torch.float32)  # type: ignore[arg-type]
+    asked = recipe(axes=["head", "neuron"], split={"head": 1, "neuron": 0.1}, keep="80%", merge_heads="laco")
+    wish = as_wish(asked)
+    assert wish is not None
+    with pytest.raises(SettingsError, match=r"merge_heads where 1 of 3 heads stay"):
+        check_steps(subject, asked, wish)
+    check_steps(subject, asked, dataclasses.replace(wish, budget=Budget.parse("97%"), spread="across"))
 
 
 def test_two_runs_do_not_train_in_one_folder(recipe: Make, tmp_path: Path, cache: Path) -> None:

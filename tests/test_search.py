@@ -234,6 +234,55 @@ def test_candidates_leave_the_model_as_it_was(recipe: Make) -> None:
     assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
 
 
+@pytest.mark.parametrize("how", ["minitron", "laco"])
+def test_a_search_that_merges_heads_leaves_the_model_as_it_was(recipe: Make, how: str) -> None:
+    """To the bit; and candidates are merged: their losses are others."""
+    from regrow.kept import scored
+    from regrow.prepare import as_wish
+
+    space = {"rank_tokens": 0, "choices": {"head": [1], "layer": [6], "channel": [128]}}
+    subject, losses = load(recipe().model), []
+    before = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
+    for asked in (recipe(search=space), recipe(search=space, merge_heads=how)):
+        wish = as_wish(asked)
+        assert wish is not None
+        found = search(subject, asked, scored(subject, asked, {}, None), wish, {}, None)
+        losses.append({str(row["widths"]): row["loss"] for row in found.record["scored"]})
+        assert any(layer.merged for layer in found.plan.layers) == (asked.merge_heads == how)
+    assert losses[0].keys() == losses[1].keys()
+    assert all(losses[0][shape] != losses[1][shape] for shape in losses[0])
+    assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
+
+
+def test_a_search_among_shapes_that_merge_too_many_heads() -> None:
+    for kind, heads in ({"num_key_value_heads": 2}, "head"), ({"num_key_value_heads": 6}, "group"):
+        model = make("llama", **kind)
+        subject = Subject(model, None, anatomy_of(model), {}, torch.float32)  # type: ignore[arg-type]
+        few = {"head": 1, "group": 2}
+        pool = searching.Pool([{heads: searching.full(subject.anatomy)[heads]}, {heads: few[heads]}], 2, None)  # type: ignore[arg-type,dict-item,list-item]
+        with pytest.raises(SettingsError, match=rf"keep {few[heads]} of \d {heads}s\n.*at least [23]"):
+            searching.check_merged(subject, pool)
+        searching.check_merged(subject, searching.Pool(pool.points[:1], 1, pool.space))
+
+
+def test_a_search_asks_a_task_for_every_depth_it_tries(recipe: Make) -> None:
+    from regrow.kept import scored
+    from regrow.prepare import as_wish
+
+    asked = recipe(
+        criteria={"layer": "contiguous-task"},
+        options={"task": "piqa", "limit": 4},
+        search={"rank_tokens": 0, "choices": {"layer": [6, 5, 4]}},
+    )
+    subject, wish = load(asked.model), as_wish(asked)
+    assert wish is not None
+    tried = {6 - point["layer"] for point in searching.candidates(subject, asked).points} - {0}
+    depths = searching.depths(subject, asked, wish)
+    assert depths == sorted(tried)
+    found = search(subject, asked, scored(subject, asked, {}, None, depths), wish, {}, None)
+    assert len(found.plan.layers) == found.record["chosen"]["layer"]
+
+
 def test_text_to_judge_by_is_not_what_was_scored(recipe: Make) -> None:
     from regrow.kept import calibration
 

@@ -13,29 +13,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regrow.artifacts.family import Unit
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
-from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
 from regrow.artifacts.share import ZERO_SPREADS
+from regrow.cut_checks import chosen_criteria
 from regrow.engines import head, likelihood, products, tasks
 from regrow.engines.bind import bind
 from regrow.engines.checkpoint import locate, read_config
 from regrow.engines.hetero import PREFIX, holder
 from regrow.errors import MissingDemo
-from regrow.prepare import check_words, chosen_criteria, fitted
+from regrow.foretold import foretold_plan
+from regrow.prepare import check_words, fitted
 from regrow.recovery import Distil
 from regrow.settings import Evaluate, Recipe
 from regrow.sparse_costs import sparse_bytes, sparse_flops
 from regrow.stages import sparsify
 from regrow.stages.load import as_dtype
-from regrow.stages.plan import Wish, make_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SCORE_COPIES = {"nothing": 1.0, "weight": 1.0, "flow": 1.0, "angles": 1.0, "removal": 1.0, "grad": 2.0, "fisher": 2.2}
+SCORE_COPIES = {
+    **dict.fromkeys(("nothing", "weight", "flow", "angles", "removal", "task"), 1.0),
+    "grad": 2.0,
+    "fisher": 2.2,
+}
 PASSES = {"flow": 1.0, "angles": 1.0, "grad": 3.0, "fisher": 7.0}  # in forward passes; removal depends on depth
 TRAIN_COPIES = {"full": 4.0, "cut": 4.0, "ast": 5.25}  # cut: at most; ast: the weights as seen, a byte for the mask
 PIECES = 6  # tensors of a piece of logits while a student learns from a teacher: both models', and what follows of them
@@ -55,7 +58,9 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
         wish = replace(wish, uniform=True)
     if recipe.sparsify is not None:
         sparsify.check_shapes(anatomy, recipe.sparsify)
-    plan, guessed = (Plan.everything(anatomy), False) if wish is None else foretold_plan(anatomy, wish)
+    plan, guessed = (
+        (Plan.everything(anatomy), False) if wish is None else foretold_plan(config, anatomy, wish, recipe.stages)
+    )
     shape, asked = plan.shape(), measuring(recipe.evaluate)
     speed = gflops or machine_gflops()
     notes = ["minutes are rough: FLOPs over a measured speed, one device", *asked.notes]
@@ -73,27 +78,6 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
         "loads_as": loads_as(config, anatomy, plan, guessed),
         "notes": notes,
     }
-
-
-def foretold_plan(anatomy: Anatomy, wish: Wish) -> tuple[Plan, bool]:
-    """A plan of the shape that the run will leave, and whether scores may change that shape.
-
-    Only `across` looks at scores to share units among layers; for the others they decide which units go, and which
-    layers get the few that are left over.
-    """
-    sizes = anatomy.sizes
-    sides: dict[Unit, tuple[int, ...]] = {
-        "layer": (sizes["L"],),
-        "group": (sizes["L"], sizes["K"]),
-        "head": (sizes["L"], sizes["H"]),
-        "neuron": (sizes["L"], sizes["F"]),
-        "channel": (sizes["C"],),
-    }
-    table = {unit: torch.ones(sides[unit]) for unit in wish.axes}
-    even = Scores(table, {"criteria": {unit: {"comparable": True} for unit in wish.axes}})
-    guessed = wish.spread == "across" and not wish.uniform and bool({"group", "head", "neuron"} & set(wish.axes))
-    plan = make_plan(anatomy, even, replace(wish, spread="uniform") if guessed else wish)
-    return plan, guessed and plan.shape() != anatomy.dense
 
 
 def loads_as(config: PreTrainedConfig, anatomy: Anatomy, plan: Plan, guessed: bool) -> str:
@@ -141,7 +125,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
         rows = [before, *sparse_rows(recipe, anatomy, dense, gflops)]
     else:
         rows = [*cut_rows(recipe, anatomy, dense, cut, gflops)]
-        rows.insert(1, before)
+        rows[1:1] = [*asking_rows(recipe, anatomy, shape, gflops), before]
         rows[2:2] = search_rows(recipe, dense, cut, gflops)
     if trained is not None and trained.tokens:
         held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
@@ -164,7 +148,7 @@ def _by_themselves(asked: Distil, dense: Costs, cut: Costs) -> int:
 
 
 def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops: float) -> list[dict[str, Any]]:
-    """Scoring and surgery."""
+    """Scoring and surgery. What lies between the steps of a cut is taken to be as large as the dense model."""
     asked = recipe.calibration
     sees = {c.criterion.sees for c in chosen_criteria(recipe).values()}
     forwards = sum(PASSES.get(s, 0.0) for s in sees) + (0.6 * anatomy.sizes["L"] if "removal" in sees else 0.0)
@@ -173,13 +157,25 @@ def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops:
     return [
         _row(
             "score",
-            asked.tokens if forwards else 0,
+            recipe.stages * asked.tokens if forwards else 0,
             forwards * dense.flops_per_token,
-            copies * 4 * dense.parameters + asked.block * logits,
+            (copies + (recipe.stages > 1)) * 4 * dense.parameters + asked.block * logits,
             gflops,
         ),
         _row("cut and write", 0, 0, 4 * dense.parameters + anatomy.store_bytes * cut.parameters, gflops),
     ]
+
+
+def asking_rows(recipe: Recipe, anatomy: Anatomy, shape: Shape, gflops: float) -> list[dict[str, Any]]:
+    """A task that is asked without every run of as many layers as go; a search asks for other lengths too."""
+    length, dense = anatomy.sizes["L"] - len(shape.layers), costs(anatomy, anatomy.dense)
+    rows = []
+    for choice in chosen_criteria(recipe).values():
+        if choice.criterion.sees == "task" and length:
+            items = (len(shape.layers) + 1) * tasks.count_items(choice.asked["task"], choice.asked["limit"])
+            peak = 4 * dense.parameters + task_logits(recipe.evaluate, anatomy)
+            rows.append(_row("ask without layers", items * ITEM_TOKENS, dense.flops_per_token, peak, gflops))
+    return rows
 
 
 def search_rows(recipe: Recipe, dense: Costs, cut: Costs, gflops: float) -> list[dict[str, Any]]:

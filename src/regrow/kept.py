@@ -6,18 +6,19 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from regrow import cache
 from regrow.artifacts.scores import Scores
+from regrow.cut_checks import chosen_criteria
 from regrow.engines import tokens
 from regrow.engines.bind import Subject
+from regrow.engines.clock import machine
 from regrow.engines.readings import Readings
 from regrow.engines.texts import documents, fingerprint
-from regrow.prepare import chosen_criteria
 from regrow.settings import Recipe
 from regrow.stages.score import reads_text, score
 
@@ -53,8 +54,13 @@ def statistics(subject: Subject, recipe: Recipe) -> Readings:
     return Readings(cache.cache_dir("statistics", cache.key(made_by)), subject.anatomy.sizes["L"])
 
 
-def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: Progress | None) -> Scores:
-    """Scores of every axis of the recipe, from the cache when the same were measured before."""
+def scored(
+    subject: Subject, recipe: Recipe, record: dict[str, Any], progress: Progress | None, depths: Sequence[int] = ()
+) -> Scores:
+    """Scores of every axis of the recipe, from the cache when the same were measured before.
+
+    `depths`: how many layers may go, where a task decides which.
+    """
     chosen = chosen_criteria(recipe)
     made_by: dict[str, Any] = {
         "model": subject.source["fingerprint"],
@@ -66,6 +72,8 @@ def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: P
     reads = reads_text(chosen)
     if reads:
         made_by |= read_by(recipe)
+    if any(c.criterion.sees == "task" for c in chosen.values()):
+        made_by |= {"depths": list(depths), "versions": machine()["versions"]}
     code = {"code": cache.code(), "criteria_code": {u: c.criterion.code for u, c in chosen.items()}}
     path = cache.cache_dir("scores") / f"{cache.key({**made_by, **code})}.safetensors"
     record["cached"] = path.exists()
@@ -79,6 +87,7 @@ def scored(subject: Subject, recipe: Recipe, record: dict[str, Any], progress: P
         blocks,
         seed=recipe.seed,
         reduce=recipe.reduce,
+        depths=depths,
         progress=progress,
         made_by={k: v for k, v in made_by.items() if k != "criteria"},
     )

@@ -9,15 +9,15 @@ import warnings
 from pathlib import Path
 
 from regrow.artifacts.ask import SPREADS
-from regrow.artifacts.budget import Budget, Latency
-from regrow.artifacts.family import Unit
+from regrow.artifacts.budget import Budget
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy, gone, tensor_size
 from regrow.artifacts.share import ZERO_SPREADS
 from regrow.artifacts.sparsity import Sparsity
-from regrow.engines import checkpoint, masks, moving_masks, processes, provenance, spp_forward, tokens, zeros
+from regrow.cut_checks import check_asked_shape, check_chosen_by, chosen_criteria
+from regrow.engines import checkpoint, masks, moving_masks, provenance, spp_forward, tokens, zeros
 from regrow.engines.adapters import adaptable
 from regrow.engines.bind import Subject
 from regrow.engines.distil import check_teacher
@@ -27,13 +27,14 @@ from regrow.engines.match import check_depths
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, is_rows, shared
 from regrow.errors import RegrowWarning, SettingsError, TextError
+from regrow.foretold import foretold_plan
 from regrow.recovery import BASE, KEEPS, KEEPS_CUT, Recover
 from regrow.settings import Recipe
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
 from regrow.stages.recover import WHOLE, as_train, check_lesson
-from regrow.stages.score import Choice, choose, reads_text
+from regrow.stages.score import reads_text
 
 HELDOUT_TOKENS = 4096  # that the curve of a recovery is measured on
 
@@ -76,29 +77,6 @@ def check_words(recipe: Recipe) -> Wish | None:
     return wish
 
 
-def check_asked_shape(recipe: Recipe) -> None:
-    """Refuse two ways at once to say what is to be left. Raises `SettingsError`, `BudgetError`."""
-    if recipe.shape and recipe.keep is not None:
-        raise SettingsError(f"shape and keep = {recipe.keep}", "one of them", "leave keep out: the shape says all")
-    asked = recipe.search
-    if asked is None:
-        return
-    if recipe.keep is None:
-        raise SettingsError(
-            "a search without a budget", "keep, such as 80% or 113M, and no shape", "say what the shapes must fit into"
-        )
-    for text in asked.also:
-        Budget.parse(text)
-    if asked.latency is not None:
-        Latency.parse(asked.latency)
-    if processes.count() > 1:
-        raise SettingsError(
-            f"a search in {processes.count()} processes that train as one",
-            "processes that share its study: each is a command of its own",
-            "search with `regrow search` and as many `regrow search --worker` as you like, then recover the folder",
-        )
-
-
 def _check_policy(asked: Recover) -> None:
     """Raise `SettingsError` where text that the student writes would be taken for text that is right."""
     distil = asked.distil
@@ -129,6 +107,7 @@ def check(recipe: Recipe) -> Wish | None:
         raise SettingsError("a run that changes nothing", "keep, sparsify or recover", "say what is to be done")
     if calibrates(recipe):
         documents(recipe.calibration.text, "calibration")
+    check_chosen_by(recipe)
     check_asked(recipe.evaluate)
     _check_apart(recipe)
     asked = recipe.recover
@@ -173,10 +152,25 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
             warnings.warn(said, RegrowWarning, stacklevel=2)
     if wish is None:
         check_spp(subject, recipe)
+    else:
+        check_steps(subject, recipe, wish)
     check_zeros(subject, recipe)
     check_tongue(subject, recipe)
     check_blocks(subject, recipe)
     check_texts(subject, recipe)
+
+
+def check_steps(subject: Subject, recipe: Recipe, wish: Wish) -> None:
+    """Refuse steps that lead nowhere whatever the scores, merging where fewer heads stay than go, and merging in a
+    sparse model. Raises `SettingsError`, `BudgetError`."""
+    if recipe.search is None and (recipe.stages > 1 or wish.merge != "off"):
+        foretold_plan(subject.model.config, subject.anatomy, wish, recipe.stages)
+    if wish.merge != "off" and zeros.of_model(subject.model, subject.anatomy, None).sparse:
+        raise SettingsError(
+            f"merge_heads = {wish.merge} of a sparse model, whose zeros it would fill",
+            "a dense model",
+            "merge heads first and sparsify then, or leave merge_heads out",
+        )
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -344,8 +338,5 @@ def as_wish(recipe: Recipe) -> Wish | None:
         uniform=recipe.uniform,
         divisors=recipe.divisors,
         rescale_norms=recipe.rescale_norms,
+        merge=recipe.merge_heads,
     )
-
-
-def chosen_criteria(recipe: Recipe) -> dict[Unit, Choice]:
-    return choose(recipe.criterion, recipe.axes, recipe.criteria, recipe.options)

@@ -22,7 +22,7 @@ from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Measure, Report
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import loss_by_axis
+from regrow.artifacts.shape import Anatomy, loss_by_axis
 from regrow.artifacts.space import said as said_widths
 from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import checkpoint, processes, products
@@ -49,14 +49,15 @@ from regrow.prepare import (
 from regrow.recipe_files import dump
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
 from regrow.references import notes_of_text, with_references
-from regrow.search import Chosen, check_search, search
+from regrow.search import Chosen, check_search, depths, search
 from regrow.settings import Calibration, Recipe
+from regrow.staged import left_by, staged
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
 from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
 from regrow.stages.export import export
 from regrow.stages.load import load, read_teacher
-from regrow.stages.plan import Wish, make_plan, unprotected
+from regrow.stages.plan import Wish, unprotected
 from regrow.stages.recover import Recovered, recover, stage_of, warning
 
 Page = Callable[[Report, Plan | None, Scores | None, str], Mapping[str, str]]  # files to lie beside the model
@@ -156,7 +157,8 @@ def help_search(recipe: Recipe, *, progress: Progress | None = None) -> Chosen:
     subject, recipe, wish, _ = _ready(recipe, _Clock())
     if recipe.search is None or wish is None:
         raise SettingsError("a worker of a run that does not search", "a recipe with search", "name one, as minitron")
-    return search(subject, recipe, scored(subject, recipe, {}, progress), wish, {}, progress)
+    scores = scored(subject, recipe, {}, progress, depths(subject, recipe, wish))
+    return search(subject, recipe, scores, wish, {}, progress)
 
 
 def _by_the_first(out: Path) -> Report:
@@ -172,17 +174,31 @@ def _planned(
     if wish is None:
         return Plan.everything(subject.anatomy), None, None
     with clock.stage("score") as record:
-        scores = scored(subject, recipe, record, progress)
+        scores = scored(subject, recipe, record, progress, depths(subject, recipe, wish))
     if recipe.search is None:
         chosen = None
-        with clock.stage("plan"):
-            plan = make_plan(subject.anatomy, scores, wish)
+        with clock.stage("plan") as record:
+            plan = _in_steps(subject, recipe, scores, wish, record, progress)
     else:
         with clock.stage("search") as record:
             chosen = search(subject, recipe, scores, wish, record, progress)
         plan = chosen.plan
     check_planned(subject, plan, recipe)
     return plan, scores, chosen
+
+
+def _in_steps(
+    subject: Subject, recipe: Recipe, scores: Scores, wish: Wish, record: dict[str, Any], progress: Progress | None
+) -> Plan:
+    """The plan of a cut in as many steps as the recipe has; the tokens that those after the first are scored on."""
+
+    def between(plan: Plan) -> tuple[Anatomy, Scores]:
+        small, own = left_by(subject, plan), dict[str, Any]()
+        found = scored(small, recipe, own, progress)
+        record["tokens"] = record.get("tokens", 0) + own.get("tokens", 0)
+        return small.anatomy, found
+
+    return staged(subject.anatomy, scores, wish, recipe.stages, between)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +280,7 @@ def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
 
 STRUCTURED = {
     "keep", "shape", "search", "axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform",
-    "divisors", "rescale_norms",
+    "divisors", "rescale_norms", "merge_heads", "stages",
 }  # fmt: skip
 """Keys of a recipe that say nothing when no unit goes."""
 

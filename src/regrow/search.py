@@ -23,7 +23,7 @@ from regrow.artifacts.family import UNITS, Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import count
-from regrow.artifacts.space import Space, Widths, drawn, inside, said, shape_of, space_of, totals_of, unbeaten
+from regrow.artifacts.space import Space, Widths, drawn, full, inside, said, shape_of, space_of, totals_of, unbeaten
 from regrow.engines import tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import measure_speed
@@ -31,14 +31,14 @@ from regrow.engines.distil import Teacher
 from regrow.engines.perplexity import block_losses
 from regrow.engines.texts import documents, fingerprint
 from regrow.engines.walk import check_finite
-from regrow.errors import BrokenModel, BudgetError, TextError
+from regrow.errors import BrokenModel, BudgetError, SettingsError, TextError
 from regrow.kept import Progress, read_by
 from regrow.prepare import recovery_text
 from regrow.recovery import Recover
 from regrow.settings import Recipe
 from regrow.stages.apply import cut_copy
 from regrow.stages.load import read_teacher
-from regrow.stages.plan import Wish, realise
+from regrow.stages.plan import Wish, meet, realise
 from regrow.stages.recover import recover
 from regrow.study import Beat, Point, Study, check_storage
 
@@ -128,11 +128,26 @@ def check_search(subject: Subject, recipe: Recipe) -> None:
     if recipe.search is None:
         return
     check_storage(recipe.search.storage)
-    candidates(subject, recipe)
+    pool = candidates(subject, recipe)
+    if recipe.merge_heads != "off":
+        check_merged(subject, pool)
     judges(subject, recipe)
     if recipe.search.rank_tokens:
         train = recipe.recover or ranking(recipe)
         recovery_text(subject, train, "recovery", count=train.block, seed=recipe.seed)
+
+
+def check_merged(subject: Subject, pool: Pool) -> None:
+    """Raise `SettingsError` for a shape in which fewer heads stay than go, of a search that merges heads."""
+    heads: Unit = "group" if subject.anatomy.sizes["G"] == 1 else "head"
+    whole = full(subject.anatomy)[heads]
+    few = min(point[heads] for point in pool.points)
+    if 2 * few < whole:
+        raise SettingsError(
+            f"merge_heads in a search among shapes that keep {few} of {whole} {heads}s",
+            f"at least {-(-whole // 2)}: each that goes is merged into one that stays",
+            f"name search.choices of {heads}s, or leave merge_heads out",
+        )
 
 
 def candidates(subject: Subject, recipe: Recipe) -> Pool:
@@ -147,6 +162,19 @@ def candidates(subject: Subject, recipe: Recipe) -> Pool:
     if asked.method == "grid":
         points = unbeaten(points)
     return Pool(drawn(points, asked.candidates, recipe.seed), len(points), space)
+
+
+def depths(subject: Subject, recipe: Recipe, wish: Wish) -> list[int]:
+    """How many layers a plan may drop: those of every shape that is tried, or of what meets the budget best."""
+    if "layer" not in wish.axes:
+        return []
+    if recipe.search is not None:
+        kept = {point["layer"] for point in candidates(subject, recipe).points}
+    elif wish.widths is not None:
+        kept = {wish.widths["layer"]}
+    else:
+        kept = {meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))["layer"]}
+    return sorted({subject.anatomy.sizes["L"] - left for left in kept} - {0})
 
 
 def judges(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
@@ -184,6 +212,7 @@ class _Work:
             "seed": recipe.seed,
             "scores": dict(scores.made_by),
             "rescale_norms": wish.rescale_norms,
+            "merge": wish.merge,
             "judges": self.asked.tokens,
             "code": cache.code(),
             **read_by(recipe),

@@ -169,6 +169,15 @@ class Recipe(Part):
         default_factory=dict, description="widths are multiples; 32 neurons and 64 channels when uniform, else 1"
     )
     rescale_norms: bool = Field(default=False, description="norms keep statistics over the old width (channels)")
+    merge_heads: Literal["off", "minitron", "laco"] = Field(
+        default="off",
+        description="add each query head that goes into one that stays: kept + (kept - gone), or kept + (gone - kept)",
+    )
+    stages: int = Field(
+        default=1,
+        ge=1,
+        description="equal steps that the cut takes, scored anew before each; more than one when uniform",
+    )
     calibration: Calibration = Field(default=Calibration(), description="text that scores are measured on")
     shape: dict[Axis, Step] = Field(
         default_factory=dict, description="exact widths instead of a budget, a layer's (heads: a group's)"

@@ -89,6 +89,13 @@ def test_what_is_seen_and_what_is_scored_must_go_together() -> None:
             """Does not say how a sequence is reduced."""
             return torch.zeros(sight.units)
 
+    with pytest.raises(TypeError, match="'task: str' and 'limit: int'"):
+
+        @criterion(sees="task", paper="-", units=("layer",))
+        def unasked(sight: Sight, task: str = "piqa") -> torch.Tensor:
+            """Does not say how many items are asked."""
+            return torch.zeros(sight.units, sight.units + len(task))
+
 
 def test_the_code_of_a_criterion_is_that_of_its_file(tmp_path: Path) -> None:
     def made(body: str) -> str:

@@ -39,6 +39,10 @@ def layer(**changes: Any) -> Plan:
     return plan(layers=(replace(plan().layers[0], **changes), plan().layers[1]))
 
 
+def merging(*merged: tuple[int, int]) -> Plan:
+    return replace(layer(merged=merged), merge="laco")
+
+
 def test_shape_of_a_plan(anatomy: Anatomy) -> None:
     plan().check(anatomy)
     assert plan().shape() == Shape(3, (LayerShape(2, 1, 3), LayerShape(1, 2, 1)))
@@ -75,6 +79,14 @@ REFUSED = {
     "group without heads": layer(heads=(0, 1)),
     "heads without groups": layer(groups=()),
     "groups without any head": layer(heads=()),
+    "merged in no known way": layer(merged=((0, 1),)),
+    "merged into one that goes": merging((1, 2)),
+    "merged away, though it stays": merging((0, 3)),
+    "merged away twice": merging((0, 1), (0, 1)),
+    "merged into itself": merging((0, 0)),
+    "merged into another group": merging((0, 2)),
+    "merged after it went": merging((0, 1), (1, 2)),
+    "merged out of range": merging((3, 4)),
 }
 
 
@@ -84,11 +96,29 @@ def test_a_plan_that_does_not_fit_is_refused(anatomy: Anatomy, bad: Plan) -> Non
         bad.check(anatomy)
 
 
+def test_heads_may_be_merged(anatomy: Anatomy) -> None:
+    merging((0, 1), (3, 2)).check(anatomy)
+
+
 def test_there_and_back() -> None:
-    assert Plan.from_json(json.loads(json.dumps(plan().to_json()))) == plan()
+    for made in (plan(), merging((0, 1), (3, 2))):
+        assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
-@pytest.mark.parametrize("data", [{}, {"layers": 5}, {"layers": [[1, 2]]}, {"layers": [{"index": 0}]}, {"layers": []}])
+def test_a_plan_from_before_heads_were_merged() -> None:
+    data = plan().to_json()
+    del data["merge"]
+    for row in data["layers"]:
+        del row["merged"]
+    assert Plan.from_json(data) == plan()
+
+
+BENT = {**plan().to_json(), "layers": [{**plan().to_json()["layers"][0], "merged": [[0]]}]}
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"layers": 5}, {"layers": [[1, 2]]}, {"layers": [{"index": 0}]}, {"layers": []}, BENT]
+)
 def test_what_is_no_plan(data: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=r"not a plan"):
         Plan.from_json(data)

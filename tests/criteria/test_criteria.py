@@ -19,7 +19,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "magnitude": [{}, {"power": 1}],
     "activation": [{}, *({"sequence": s, "batch": b} for s in ("mean", "l2", "var") for b in ("mean", "l2", "var"))],
 }
-WHOLE_LAYERS = {"block-influence", "perplexity", "contiguous"}
+RUNS = {"contiguous", "contiguous-task"}
+WHOLE_LAYERS = {"block-influence", "perplexity", "contiguous", "contiguous-task"}
 
 
 def sight(criterion: Criterion, units: int = 5, width: int = 2, rest: int = 4, seed: int = 0) -> Sight:
@@ -38,6 +39,8 @@ def sight(criterion: Criterion, units: int = 5, width: int = 2, rest: int = 4, s
         return Sight("layer", units, angles=rows @ rows.T)
     if criterion.sees == "removal":
         return Sight("layer", units, removal=normal(units))
+    if criterion.sees == "task":
+        return Sight("layer", units, runs={"winogrande": normal(2, units, units + 1).abs()})
     flow = {how: moments() for how in ("mean", "l2", "var")}
     return Sight(
         criterion.units[-1],
@@ -68,7 +71,7 @@ def permuted(seen: Sight, order: Tensor) -> Sight:
 def tensors(seen: Sight) -> list[Tensor]:
     plain = [seen.weight, seen.grad, seen.fisher, seen.angles, seen.removal]
     flows = [t for m in (seen.flow or {}).values() for t in (m.total, m.squares)]
-    return [t for t in [*plain, *flows] if t is not None]
+    return [t for t in [*plain, *flows, *(seen.runs or {}).values()] if t is not None]
 
 
 def test_head_count() -> None:
@@ -76,6 +79,7 @@ def test_head_count() -> None:
         "activation",
         "block-influence",
         "contiguous",
+        "contiguous-task",
         "magnitude",
         "perplexity",
         "random",
@@ -107,13 +111,13 @@ def test_pure_finite_and_of_the_right_shape(criterion: Criterion) -> None:
         assert torch.equal(first, second)
         assert all(torch.equal(a, b) for a, b in zip(before, tensors(seen), strict=True))
         assert bool(first.isfinite().all())
-        assert first.shape == ((5, 6) if criterion.name == "contiguous" else (5,))
+        assert first.shape == ((5, 6) if criterion.name in RUNS else (5,))
 
 
 @EVERY
 def test_permuting_units_permutes_scores(criterion: Criterion) -> None:
-    if criterion.sees in ("nothing", "angles"):
-        assert criterion.name in {"random", "block-influence", "contiguous"}  # they see no unit that could be moved
+    if criterion.sees in ("nothing", "angles", "task"):
+        assert criterion.name in {"random", "block-influence", *RUNS}  # they see no unit that could be moved
         return
     order = torch.tensor([3, 0, 4, 1, 2])
     for options in OPTIONS.get(criterion.name, [{}]):
@@ -166,6 +170,15 @@ def hand_activation() -> None:
     assert flowing(sequence="var", batch="var") == pytest.approx([((2 / 9) ** 2 + 2**2) ** 0.5, 0])
 
 
+def hand_contiguous_task() -> None:
+    """One layer of two: without the first 6 of 10 go wrong at 1 bit a byte, without the second 6 at 3 bits."""
+    runs = torch.full((2, 2, 3), torch.nan)
+    runs[:, 0, 1], runs[:, 1, 2] = torch.tensor([6.0, 1.0]), torch.tensor([6.0, 3.0])
+    found = CRITERIA.get("contiguous-task").score(Sight("layer", 2, runs={"piqa": runs}), task="piqa", limit=10)
+    assert (found[0, 1].item(), found[1, 2].item()) == pytest.approx((0.65, 0.675))
+    assert bool(found[0, 0].isnan())
+
+
 def hand_random() -> None:
     score = CRITERIA.get("random").score
     ours = score(Sight("neuron", 2, seed=7))
@@ -216,6 +229,7 @@ BY_HAND: dict[str, Callable[[], None]] = {
     "activation": hand_activation,
     "block-influence": hand_influence,
     "contiguous": hand_contiguous,
+    "contiguous-task": hand_contiguous_task,
     "magnitude": hand_magnitude,
     "perplexity": hand_perplexity,
     "random": hand_random,

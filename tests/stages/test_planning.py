@@ -13,13 +13,14 @@ import torch
 from transformers import LlamaConfig
 
 from regrow.artifacts.budget import Budget
+from regrow.artifacts.choice import keep_layers
 from regrow.artifacts.family import UNITS, Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, LayerShape, Shape, loss_by_axis
 from regrow.engines.bind import bind
 from regrow.errors import BudgetError, InputError, SettingsError, UnknownName
-from regrow.stages.plan import DIVISORS, FINEST, Wish, check_wish, keep_layers, make_plan, unprotected
+from regrow.stages.plan import DIVISORS, FINEST, Wish, check_wish, make_plan, unprotected
 
 
 @cache
@@ -394,3 +395,63 @@ def test_what_a_model_cannot_be_asked() -> None:
     with pytest.raises(SettingsError, match="divisor neuron=400 of a model with 352 neurons"):
         check_wish(small(), wish("80%", divisors={"neuron": 400}))
     check_wish(small(), wish("80%", UNITS))
+
+
+def test_heads_that_go_are_merged_by_rank() -> None:
+    """In every layer and kept group the best takes in the next, as many as go; other axes change nothing."""
+    anatomy = small(num_attention_heads=16, num_key_value_heads=4)  # four query heads a group
+    found = scores(anatomy, 3)
+    asked = wish("85%", ("head", "group", "neuron"), uniform=True, merge="laco", split={"neuron": 0.3})
+    plan = make_plan(anatomy, found, asked)
+    assert plan.merge == "laco"
+    for layer in plan.layers:
+        keep = len(layer.heads) // len(layer.groups)
+        assert len(layer.merged) == (4 - keep) * len(layer.groups) > 0
+        for into, gone in layer.merged:
+            ranks = found.table["head"][layer.index].view(4, 4)[into // 4].argsort(descending=True).tolist()
+            assert ranks.index(into % 4) + 1 + ranks.index(gone % 4) + 1 == 2 * keep + 1
+    plain = make_plan(anatomy, found, wish("85%", ("head", "group", "neuron"), uniform=True, split={"neuron": 0.3}))
+    assert [(x.groups, x.heads, x.neurons) for x in plain.layers] == [
+        (x.groups, x.heads, x.neurons) for x in plan.layers
+    ]
+    assert not any(x.merged for x in plain.layers)
+
+
+def test_heads_of_their_own_are_merged_as_groups() -> None:
+    anatomy = small(num_attention_heads=8, num_key_value_heads=8)
+    found = scores(anatomy, 4)
+    plan = make_plan(anatomy, found, wish("70%", ("group", "neuron"), merge="minitron", spread="uniform"))
+    for layer in plan.layers:
+        ranks = found.table["group"][layer.index].argsort(descending=True).tolist()
+        assert len(layer.merged) == 8 - len(layer.groups) > 0
+        assert all(ranks.index(a) + ranks.index(b) + 1 == 2 * len(layer.groups) for a, b in layer.merged)
+
+
+def test_nothing_is_merged_when_no_heads_go() -> None:
+    anatomy = small(num_attention_heads=16, num_key_value_heads=4)
+    asked = wish("90%", ("head", "neuron"), merge="minitron", split={"head": 0, "neuron": 1})
+    assert not any(layer.merged for layer in make_plan(anatomy, scores(anatomy, 5), asked).layers)
+
+
+def test_what_cannot_be_merged() -> None:
+    grouped, single = small(num_attention_heads=16, num_key_value_heads=4), small(num_key_value_heads=8)
+    with pytest.raises(SettingsError, match=r"no query heads go: neuron, group\n.*an axis head"):
+        check_wish(grouped, wish("80%", merge="laco"))
+    with pytest.raises(SettingsError, match=r"no query heads go: neuron\n.*an axis group"):
+        check_wish(single, wish("80%", ("neuron",), merge="laco"))
+    with pytest.raises(SettingsError, match=r"merge_heads where 1 of 4 heads stay\n.*at least 2"):
+        make_plan(grouped, scores(grouped, 1), wish("100%", ("head",), uniform=True, merge="laco", widths={"head": 1}))
+
+
+def test_only_depths_that_were_scored_are_planned() -> None:
+    """Of 6 layers runs of two were looked at: that many go, and the finer axis makes up for it."""
+    anatomy = small()
+    found = scores(anatomy, 6, runs=True)
+    table = torch.full((6, 7), torch.nan)
+    table.diagonal(2).copy_(found.table["layer"].diagonal(2))
+    asked = wish("60%", ("layer", "neuron"))
+    plan = make_plan(anatomy, Scores({**found.table, "layer": table}, found.made_by), asked)
+    assert len(plan.layers) == 4
+    start = int(table.diagonal(2).argmin())
+    assert [layer.index for layer in plan.layers] == [i for i in range(6) if i not in (start, start + 1)]
+    assert asked.budget.count(anatomy, plan.shape()) <= asked.budget.target(anatomy)

@@ -20,10 +20,10 @@ from regrow.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-Sees = Literal["nothing", "weight", "grad", "fisher", "flow", "angles", "removal"]
+Sees = Literal["nothing", "weight", "grad", "fisher", "flow", "angles", "removal", "task"]
 """nothing: the number of units; weight; grad: weight and the mean gradient; fisher: those and the mean square of the
-gradient of each sequence; flow: activations where the unit acts, reduced over each sequence; angles, removal: whole
-layers only."""
+gradient of each sequence; flow: activations where the unit acts, reduced over each sequence; angles, removal, task:
+whole layers only."""
 
 Reduction = Literal["mean", "l2", "var"]
 
@@ -59,6 +59,7 @@ class Sight:
     flow: Mapping[str, Moments] | None = None  # by how a sequence was reduced: mean of |x|, l2 or var
     angles: torch.Tensor | None = None  # (L+1, L+1) mean cosine between the streams entering layers i and j
     removal: torch.Tensor | None = None  # (L,) loss without layer i, minus the loss with all
+    runs: Mapping[str, torch.Tensor] | None = None  # by task, (2, L, L+1): without layers i..j-1, items wrong; bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def criterion(
     unknown = {sees} - set(get_args(Sees)) | set(units) - set(UNITS)
     if unknown:
         raise TypeError(f"a criterion cannot see or score {sorted(unknown)}: {get_args(Sees)}, {UNITS}")
-    if sees in ("angles", "removal") and tuple(units) != ("layer",):
+    if sees in ("angles", "removal", "task") and tuple(units) != ("layer",):
         raise TypeError(f"{sees} are of whole layers: say units=('layer',)")
     if sees == "flow" and "layer" in units:
         raise TypeError("nothing flows at one place for a whole layer: leave 'layer' out of units, or see angles")
@@ -114,6 +115,10 @@ def criterion(
             raise TypeError(
                 f"criterion {name!r} sees flow: give it an option 'sequence: Reduction = \"mean\"', which says how a "
                 "sequence is reduced before it is shown"
+            )
+        if sees == "task" and not {"task", "limit"} <= set(options):
+            raise TypeError(
+                f"criterion {name!r} sees a task: give it options 'task: str' and 'limit: int', which say what is asked"
             )
         about = function.__doc__.strip().splitlines()[0]
         code = _code(function)

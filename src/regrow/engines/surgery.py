@@ -1,4 +1,4 @@
-"""Folds gates into weights and slices along cuts; the only code that takes a model's tensors apart.
+"""Merges heads, folds gates into weights, slices along cuts; the only code that takes a model's tensors apart.
 
 The rules (which tensor is scaled by what, for which kind of norm, tied or not) follow from the role of each cut; they
 are derived in docs/surgery.md. A model is consumed tensor by tensor, so it is never held twice.
@@ -11,6 +11,7 @@ statistics over the original width, else 1), e = factor on the embedding.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,24 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.shape import Tensor as Spec
 from regrow.engines.gates import Gates, LayerGates, expand, from_plan
+from regrow.engines.merging import merge
 from regrow.engines.room import give_back
+
+
+@contextmanager
+def merged(model: nn.Module, anatomy: Anatomy, plan: Plan) -> Iterator[None]:
+    """The model with the plan's heads merged; on leaving it is what it was, to the bit."""
+    before: dict[nn.Parameter, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for spec in anatomy.tensors:
+                parameter = model.get_parameter(spec.name)
+                before[parameter] = parameter.data
+                parameter.data = merge(parameter.data, spec, anatomy, plan)
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
 
 
 @torch.no_grad()
@@ -47,6 +65,7 @@ def slice_model(
             layer = shape[spec.layer]
             if (spec.branch == "attention" and not layer.groups) or (spec.branch == "mlp" and not layer.neurons):
                 continue
+        weight = merge(weight, spec, anatomy, plan)
         weight = _fold(weight, spec, anatomy, gates)
         weight = _select(weight, spec, anatomy, kept)
         weight = weight.contiguous()

@@ -18,7 +18,7 @@ from regrow.engines.bind import Subject, bind
 from regrow.engines.gates import from_plan, gated
 from regrow.engines.hetero import Holder, build, holder
 from regrow.engines.room import give_back
-from regrow.engines.surgery import slice_model
+from regrow.engines.surgery import merged, slice_model
 
 PROOF_LAYERS, PROOF_WORDS = 2, 256  # of the random model that stands in for one in 16 bits
 
@@ -87,9 +87,9 @@ def _random(kind: Any, config: Any) -> Any:
 
 
 def _sliced(model: Any, anatomy: Anatomy, plan: Plan) -> tuple[Any, Holder, float]:
-    """The cut model, what holds it, and how far its logits are from those of the intact one with units shut."""
+    """The cut model, what holds it, and how far its logits are from those of the intact one, merged and masked."""
     ids = checkpoint.probe(anatomy.sizes["V"])
-    with gated(model, anatomy, from_plan(anatomy, plan)):
+    with merged(model, anatomy, plan), gated(model, anatomy, from_plan(anatomy, plan)):
         masked = checkpoint.logits(model, ids)
     found = holder(model.config, anatomy, plan)
     cut = build(found.config, dict(slice_model(model, anatomy, plan)))

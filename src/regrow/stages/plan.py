@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regrow.artifacts.ask import SPREADS, Ask
 from regrow.artifacts.budget import Budget
+from regrow.artifacts.choice import best, head_slots, heads_in, in_steps, keep_layers, known, merges, merges_in
 from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.scores import Scores
@@ -43,6 +43,7 @@ class Wish:
     uniform: bool = False  # the same widths in every layer
     divisors: Mapping[Unit, int] = field(default_factory=dict)  # widths are multiples; DIVISORS when uniform, else 1
     rescale_norms: bool = False
+    merge: str = "off"  # how query heads that go are added into heads that stay: minitron, laco
     widths: Widths | None = None  # exactly these, instead of what the budget allows
 
 
@@ -75,6 +76,13 @@ def check_wish(anatomy: Anatomy, wish: Wish) -> None:
             "only cuts of the hidden width change what norms average over",
             "add channel to --axes, or leave rescale_norms out",
         )
+    heads: Unit = "group" if anatomy.sizes["G"] == 1 else "head"
+    if wish.merge != "off" and heads not in wish.axes:
+        raise SettingsError(
+            f"merge_heads = {wish.merge} in a cut where no query heads go: {', '.join(wish.axes)}",
+            f"an axis {heads}, which are what can be merged in this model",
+            f"add {heads} to --axes, or leave merge_heads out",
+        )
     for unit, divisor in wish.divisors.items():
         width = _full(anatomy, unit, layers=1)
         if divisor > width:
@@ -89,17 +97,18 @@ def make_plan(anatomy: Anatomy, scores: Scores, wish: Wish) -> Plan:
     if wish.widths is not None:
         return realise(anatomy, scores, wish, totals_of(anatomy, wish.widths))
     target = wish.budget.target(anatomy)
-    best: tuple[int, Plan] | None = None
-    for totals in _ranked(anatomy, wish, target)[:TRIES]:
+    found: tuple[int, Plan] | None = None
+    ranked = _ranked(anatomy, wish, target)
+    for totals in [t for t in ranked if "layer" not in t or known(scores.table["layer"], t["layer"])][:TRIES]:
         lands, excess, plan = _nearby(anatomy, scores, wish, totals, target)
-        if excess <= 0 and (best is None or lands or excess > best[0]):
-            best = excess, plan
+        if excess <= 0 and (found is None or lands or excess > found[0]):
+            found = excess, plan
         if lands:
             break
-    if best is None:
+    if found is None:
         raise _unmet(anatomy, wish, target, target + excess)
-    best[1].check(anatomy)
-    return best[1]
+    found[1].check(anatomy)
+    return found[1]
 
 
 def _nearby(
@@ -283,25 +292,46 @@ def realise(anatomy: Anatomy, scores: Scores, wish: Wish, totals: Mapping[Unit, 
     layers = keep_layers(scores.table["layer"], totals["layer"]) if "layer" in totals else list(range(sizes["L"]))
     channels = tuple(range(sizes["C"]))
     if "channel" in totals:
-        channels = _best(scores.table["channel"], totals["channel"])
+        channels = best(scores.table["channel"], totals["channel"])
     groups = _per_layer(scores, wish, "group", layers, totals, sizes["K"])
-    slots = _head_slots(scores.table["head"], sizes["K"]) if "head" in totals else None
+    slots = head_slots(scores.table["head"], sizes["K"]) if "head" in totals else None
     heads = _per_layer(scores, wish, "head", layers, totals, sizes["G"], slots)
     neurons = _per_layer(scores, wish, "neuron", layers, totals, sizes["F"])
     rows = []
     for position, index in enumerate(layers):
-        kept = _best(scores.table["group"][index], groups[position]) if "group" in totals else tuple(range(sizes["K"]))
+        kept = best(scores.table["group"][index], groups[position]) if "group" in totals else tuple(range(sizes["K"]))
         rows.append(
             LayerPlan(
                 index,
                 kept,
-                _heads_in(scores, index, kept, heads[position], sizes["G"]),
-                _best(scores.table["neuron"][index], neurons[position])
+                _heads(scores, index, kept, heads[position], sizes["G"]),
+                best(scores.table["neuron"][index], neurons[position])
                 if "neuron" in totals
                 else tuple(range(sizes["F"])),
+                () if wish.merge == "off" else _merged(anatomy, scores, totals, index, (kept, heads[position])),
             )
         )
-    return Plan(channels, tuple(rows), wish.rescale_norms, _record(scores, wish))
+    return Plan(channels, tuple(rows), wish.rescale_norms, _record(scores, wish), wish.merge)
+
+
+def _heads(scores: Scores, layer: int, groups: Sequence[int], keep: int, size: int) -> tuple[int, ...]:
+    """The query heads that stay in a layer, of all of which `keep` of `size` stay in each group."""
+    if keep == size:
+        return tuple(g * size + h for g in groups for h in range(size))
+    return heads_in(scores.table["head"][layer].view(-1, size), groups, keep)
+
+
+def _merged(
+    anatomy: Anatomy, scores: Scores, totals: Mapping[Unit, int], layer: int, kept: tuple[Sequence[int], int]
+) -> tuple[tuple[int, int], ...]:
+    """Pairs of heads of a layer that keeps these groups and so many heads in each: inside groups, or inside a layer
+    whose groups are single heads."""
+    groups, heads = kept
+    if anatomy.sizes["G"] == 1 and "group" in totals:
+        return merges(scores.table["group"][layer], len(groups))
+    if "head" not in totals:
+        return ()
+    return merges_in(scores.table["head"][layer].view(-1, anatomy.sizes["G"]), groups, heads)
 
 
 def _per_layer(
@@ -320,51 +350,10 @@ def _per_layer(
         return [totals[unit] // len(layers)] * len(layers)
     table = (scores.table[unit] if table is None else table)[list(layers)]  # (layers, units)
     divisor = _divisor(wish, unit)
-    steps = _in_steps(table, divisor)
+    steps = in_steps(table, divisor)
     ask = Ask(min(totals[unit] // divisor, steps.numel()), steps, comparable=scores.comparable(unit))
     counts = [share * divisor for share in SPREADS.get(wish.spread).share(ask)]
     return [full if count + divisor > full else count for count in counts]
-
-
-def _in_steps(table: Tensor, divisor: int) -> Tensor:
-    """(layers, units) -> (layers, units // divisor): the score of each run of `divisor` units, best first."""
-    if divisor == 1:
-        return table
-    whole = table.shape[1] // divisor * divisor
-    ranked = table.sort(dim=1, descending=True).values[:, :whole]
-    return ranked.view(len(table), -1, divisor).sum(2)
-
-
-def _head_slots(table: Tensor, groups: int) -> Tensor:
-    """(L, H) -> (L, G): what a layer loses with its n-th best query head of every group, best first."""
-    per_group = table.view(len(table), groups, -1)  # (L, K, G)
-    return per_group.sort(dim=2, descending=True).values.sum(1)
-
-
-def _heads_in(scores: Scores, layer: int, groups: Sequence[int], keep: int, size: int) -> tuple[int, ...]:
-    """The best `keep` query heads of each kept group, as indices over the whole layer."""
-    if keep == size:
-        return tuple(g * size + h for g in groups for h in range(size))
-    table = scores.table["head"][layer].view(-1, size)  # (K, G)
-    return tuple(g * size + h for g in groups for h in _best(table[g], keep))
-
-
-def keep_layers(scores: Tensor, keep: int) -> list[int]:
-    """Layers that stay, by their scores (L,), or around the cheapest run of the right length when given (L, L+1)."""
-    count = len(scores)
-    if scores.dim() == 1:
-        return list(_best(scores, keep))
-    length = count - keep
-    if length == 0:
-        return list(range(count))
-    costs_of_runs = torch.stack([scores[i, i + length] for i in range(count - length + 1)])
-    start = int(costs_of_runs.argmin())
-    return [i for i in range(count) if not start <= i < start + length]
-
-
-def _best(scores: Tensor, keep: int) -> tuple[int, ...]:
-    """Ascending indices of the `keep` highest scores; ties go to the lower index."""
-    return tuple(sorted(scores.argsort(descending=True, stable=True)[:keep].tolist()))
 
 
 def _spread_said(wish: Wish) -> str:

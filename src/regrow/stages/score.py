@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from regrow.engines.bind import Subject
 from regrow.engines.gradients import gradients
 from regrow.engines.removal import loss_without_layers
 from regrow.engines.room import give_back
+from regrow.engines.runs import wrong_without
 from regrow.engines.walk import Seen, flow_sites, observe
 from regrow.errors import InputError, SettingsError
 
@@ -46,6 +47,11 @@ class Choice:
 
     criterion: Criterion
     options: Mapping[str, Any]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Every option, with what it is."""
+        return {**self.criterion.options, **self.options}
 
     def __call__(self, sight: Sight) -> Tensor:
         return self.criterion.score(sight, **self.options)
@@ -115,10 +121,14 @@ def score(
     *,
     seed: int = 0,
     reduce: str = "sum",
+    depths: Sequence[int] = (),
     progress: Progress | None = None,
     made_by: Mapping[str, Any] | None = None,
 ) -> Scores:
-    """Score every unit of the chosen kinds. Deterministic for equal inputs."""
+    """Score every unit of the chosen kinds. Deterministic for equal inputs.
+
+    `depths`: how many layers may go, for criteria that a task answers; runs of other lengths have no score (NaN).
+    """
     bench = _Bench(subject, chosen, seed)
     seers: dict[str, Callable[[Tensor, Progress | None], None]] = {
         "flow": bench.flow,
@@ -135,6 +145,8 @@ def score(
     for run in runs:
         assert blocks is not None
         run(blocks, progress)
+    if "task" in needs:
+        bench.task(depths, progress)
     anatomy = subject.anatomy
     table = {unit: _stack(bench.rows, unit, anatomy, REDUCE[reduce]) for unit in chosen}
     criteria = {
@@ -145,14 +157,14 @@ def score(
 
 
 def reads_text(chosen: Mapping[Unit, Choice]) -> bool:
-    return any(c.criterion.sees not in ("nothing", "weight") for c in chosen.values())
+    return any(c.criterion.sees not in ("nothing", "weight", "task") for c in chosen.values())
 
 
 class _Bench:
     """Rows of scores as they come in: (unit, layer) -> one (units,) vector a tensor or stream."""
 
     def __init__(self, subject: Subject, chosen: Mapping[Unit, Choice], seed: int) -> None:
-        self.model: Any = subject.model
+        self.subject, self.model = subject, cast("Any", subject.model)
         self.anatomy, self.chosen, self.seed = subject.anatomy, chosen, seed
         self.rows: dict[Row, list[Tensor]] = {}
 
@@ -188,7 +200,7 @@ class _Bench:
         wanted: dict[Reduction, tuple[Unit, ...]] = {}
         for unit, choice in self.chosen.items():
             if choice.criterion.sees == "flow":
-                how: Reduction = {**choice.criterion.options, **choice.options}["sequence"]
+                how: Reduction = choice.asked["sequence"]
                 wanted[how] = (*wanted.get(how, ()), unit)
         angles = any(c.criterion.sees == "angles" for c in self.chosen.values())
         say = partial(progress, "activations") if progress else None
@@ -233,6 +245,14 @@ class _Bench:
         for unit, choice in self.chosen.items():
             if choice.criterion.sees == "removal":
                 self.add((unit, -1), Sight(unit, len(without), removal=(without - whole).float()))
+
+    def task(self, depths: Sequence[int], progress: Progress | None) -> None:
+        say = partial(progress, "runs of layers") if progress else None
+        for unit, choice in self.chosen.items():
+            if choice.criterion.sees == "task":
+                task, limit = choice.asked["task"], choice.asked["limit"]
+                found = wrong_without(self.subject, depths, task=task, limit=limit, progress=say)
+                self.add((unit, -1), Sight(unit, self.anatomy.sizes["L"], runs={task: found}))
 
 
 def _mix(seed: int, unit: Unit, layer: int) -> int:
