@@ -1,7 +1,7 @@
 """Peak memory of learning from a teacher against the vocabulary, and how long a step waits for its text.
 
-Memory: two random Llamas of 8 layers and 384 channels with a tied head, as student and teacher, one process for each
-vocabulary; all weights train, three steps of 4 x 256 tokens. What a larger vocabulary adds is set against what must be
+Memory: two random Llamas of 8 layers and 384 channels with a tied head, as student and teacher, a process for each,
+the median of five; all weights train, three steps of 4 x 256 tokens. What a larger vocabulary adds is set against what must be
 added: the student's embedding with its gradient and two numbers of the optimiser, and the teacher's.
 Waiting: SmolLM2 at 80 % learns from SmolLM2. Packed and tokenised text of a run, and what the loop waits for batches,
 as shares of the time that the training takes.
@@ -10,6 +10,7 @@ as shares of the time that the training takes.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ from regrow.stages.load import load
 VOCABULARIES = (49_152, 256_000)
 CHANNELS, LAYERS = 384, 8
 BLOCK, BATCH, STEPS = 256, 4, 3
+TURNS = 5  # processes for each vocabulary; the median counts
 WAITED = 24  # steps
 COPIES = 5  # of an embedding: weights, gradient, two of the optimiser; the teacher's
 
@@ -45,10 +47,11 @@ def main() -> None:
         print(json.dumps(peak(int(sys.argv[1]))))
         return
     ledger = Ledger("distil_memory", __doc__ or "", channels=CHANNELS, layers=LAYERS, block=BLOCK, batch=BATCH)
-    rows = [ledger.row(f"vocabulary {words}", partial(apart, words)) for words in VOCABULARIES]
-    more = VOCABULARIES[1] - VOCABULARIES[0]
-    due = 4 * COPIES * CHANNELS * more
-    grown = rows[1]["peak_bytes"] - rows[0]["peak_bytes"]
+    turns = [(words, turn) for turn in range(TURNS) for words in VOCABULARIES]
+    rows = [ledger.row(f"vocabulary {words} turn {turn}", partial(apart, words)) for words, turn in turns]
+    due = 4 * COPIES * CHANNELS * (VOCABULARIES[1] - VOCABULARIES[0])
+    few, many = (statistics.median(row["peak_bytes"] for row in rows[first::2]) for first in (0, 1))
+    grown = many - few
     ledger.row("growth", lambda: {"bytes": grown, "due": due, "ratio": grown / due})
     ledger.row("waiting", waiting)
 

@@ -185,12 +185,15 @@ def _needed(curve: dict[int, float], goal: float) -> str:
 
 def memory(data: dict[str, Any]) -> str:
     rows = data["rows"]
+    peaks: dict[str, list[float]] = {}
+    for key, row in rows.items():
+        if key.startswith("vocabulary "):
+            peaks.setdefault(key.split()[1], []).append(row["peak_bytes"] / 1e6)
     body = [
-        [key.removeprefix("vocabulary "), f"{row['peak_bytes'] / 1e6:,.0f}"]
-        for key, row in rows.items()
-        if key.startswith("vocabulary")
+        [f"{int(words):,}", f"{statistics.median(found):,.0f}", f"{min(found):,.0f} to {max(found):,.0f}"]
+        for words, found in peaks.items()
     ]
-    grown, parts = rows.get("growth"), [table(["words", "peak, MB"], body)]
+    grown, parts = rows.get("growth"), [table(["words", "peak, MB (median)", "from, to"], body)]
     if grown:
         parts.append(
             f"Grown by {grown['bytes'] / 1e6:,.0f} MB; the student's embedding, its gradient, two numbers of the "

@@ -338,5 +338,6 @@ def as_wish(recipe: Recipe) -> Wish | None:
         uniform=recipe.uniform,
         divisors=recipe.divisors,
         rescale_norms=recipe.rescale_norms,
+        protect=recipe.protect,
         merge=recipe.merge_heads,
     )

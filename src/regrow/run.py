@@ -280,7 +280,7 @@ def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
 
 STRUCTURED = {
     "keep", "shape", "search", "axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform",
-    "divisors", "rescale_norms", "merge_heads", "stages",
+    "divisors", "rescale_norms", "merge_heads", "stages", "protect",
 }  # fmt: skip
 """Keys of a recipe that say nothing when no unit goes."""
 

@@ -156,6 +156,12 @@ def candidates(subject: Subject, recipe: Recipe) -> Pool:
     assert asked is not None
     assert recipe.keep is not None
     space = space_of(anatomy, recipe.axes, asked.choices, recipe.divisors)
+    if min(space.choices.get("layer", (anatomy.sizes["L"],))) < sum(recipe.protect):
+        raise SettingsError(
+            f"shapes of fewer layers than protect = {list(recipe.protect)} has",
+            f"choices of layers from {sum(recipe.protect)}",
+            "name search.choices of layers, or protect fewer",
+        )
     points: list[Widths] = list(
         inside(anatomy, space, [Budget.parse(text) for text in (recipe.keep, *asked.also)], asked.band)
     )
@@ -212,6 +218,7 @@ class _Work:
             "seed": recipe.seed,
             "scores": dict(scores.made_by),
             "rescale_norms": wish.rescale_norms,
+            "protect": wish.protect,
             "merge": wish.merge,
             "judges": self.asked.tokens,
             "code": cache.code(),

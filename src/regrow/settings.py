@@ -168,6 +168,10 @@ class Recipe(Part):
     divisors: dict[Axis, Step] = Field(
         default_factory=dict, description="widths are multiples; 32 neurons and 64 channels when uniform, else 1"
     )
+    protect: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = Field(
+        default=(0, 0),
+        description="so many of the first and of the last layers never go; [4, 2] in Shortened LLaMA's +",
+    )
     rescale_norms: bool = Field(default=False, description="norms keep statistics over the old width (channels)")
     merge_heads: Literal["off", "minitron", "laco"] = Field(
         default="off",

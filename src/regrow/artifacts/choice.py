@@ -26,15 +26,20 @@ def _ranked(scores: Tensor) -> list[int]:
     return found
 
 
-def keep_layers(scores: Tensor, keep: int) -> list[int]:
-    """Layers that stay, by their scores (L,), or around the cheapest run of the right length when given (L, L+1)."""
-    count = len(scores)
+def keep_layers(scores: Tensor, keep: int, protect: tuple[int, int] = (0, 0)) -> list[int]:
+    """Layers that stay, by their scores (L,), or around the cheapest run of the right length when given (L, L+1).
+
+    The first and the last `protect` stay in any case; `keep` is no fewer.
+    """
+    count, (first, last) = len(scores), protect
     if scores.dim() == 1:
-        return list(best(scores, keep))
+        inner = best(scores[first : count - last], keep - first - last)
+        return [*range(first), *(first + i for i in inner), *range(count - last, count)]
     length = count - keep
     if not known(scores, keep):
         raise ValueError(f"runs of {length} layers were not scored")
-    start = min(range(keep + 1), key=lambda first: float(scores[first, first + length])) if length else 0
+    begins = range(first, count - last - length + 1)
+    start = min(begins, key=lambda begin: float(scores[begin, begin + length])) if length else 0
     return [i for i in range(count) if not start <= i < start + length]
 
 

@@ -43,6 +43,7 @@ class Wish:
     uniform: bool = False  # the same widths in every layer
     divisors: Mapping[Unit, int] = field(default_factory=dict)  # widths are multiples; DIVISORS when uniform, else 1
     rescale_norms: bool = False
+    protect: tuple[int, int] = (0, 0)  # so many of the first and of the last layers never go
     merge: str = "off"  # how query heads that go are added into heads that stay: minitron, laco
     widths: Widths | None = None  # exactly these, instead of what the budget allows
 
@@ -70,6 +71,7 @@ def check_wish(anatomy: Anatomy, wish: Wish) -> None:
         raise SettingsError(
             f"a split in which {', '.join(wish.axes)} lose nothing", "at least one share above 0", "correct the split"
         )
+    _check_protected(anatomy, wish)
     if wish.rescale_norms and "channel" not in wish.axes:
         raise SettingsError(
             "rescale_norms in a cut without channels",
@@ -89,6 +91,17 @@ def check_wish(anatomy: Anatomy, wish: Wish) -> None:
             raise SettingsError(
                 f"divisor {unit}={divisor} of a model with {width} {unit}s", f"1 to {width}", "name a smaller divisor"
             )
+
+
+def _check_protected(anatomy: Anatomy, wish: Wish) -> None:
+    """Raise `SettingsError` when more layers are to go than are free."""
+    count, left = sum(wish.protect), (wish.widths or {}).get("layer", anatomy.sizes["L"])
+    if count > left:
+        raise SettingsError(
+            f"protect = {list(wish.protect)}: {count} layers that never go, of which {left} are to stay",
+            f"at most {left} in all",
+            "protect fewer, or keep more layers",
+        )
 
 
 def make_plan(anatomy: Anatomy, scores: Scores, wish: Wish) -> Plan:
@@ -201,9 +214,9 @@ def _step(wish: Wish, unit: Unit, layers: int) -> int:
 
 
 def _least(anatomy: Anatomy, wish: Wish, unit: Unit, layers: int) -> int:
-    """One divisor in every layer: nothing is emptied by accident."""
+    """One divisor in every layer, or the layers that never go: nothing is emptied by accident."""
     least = _divisor(wish, unit) * (layers if unit not in ("layer", "channel") else 1)
-    return min(least, _full(anatomy, unit, layers))
+    return min(max(least, sum(wish.protect) if unit == "layer" else 0), _full(anatomy, unit, layers))
 
 
 def _even_cuts(anatomy: Anatomy, wish: Wish, axes: Sequence[Unit], finest: Unit) -> list[dict[Unit, int]]:
@@ -289,7 +302,9 @@ def _unmet(anatomy: Anatomy, wish: Wish, target: int, nearest: int) -> BudgetErr
 def realise(anatomy: Anatomy, scores: Scores, wish: Wish, totals: Mapping[Unit, int]) -> Plan:
     """Choose the units: layers first, then each axis among the layers that stay."""
     sizes = anatomy.sizes
-    layers = keep_layers(scores.table["layer"], totals["layer"]) if "layer" in totals else list(range(sizes["L"]))
+    layers = list(range(sizes["L"]))
+    if "layer" in totals:
+        layers = keep_layers(scores.table["layer"], totals["layer"], wish.protect)
     channels = tuple(range(sizes["C"]))
     if "channel" in totals:
         channels = best(scores.table["channel"], totals["channel"])
