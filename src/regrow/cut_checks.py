@@ -23,7 +23,7 @@ def check_asked_shape(recipe: Recipe) -> None:
     if recipe.shape and recipe.keep is not None:
         raise SettingsError(f"shape and keep = {recipe.keep}", "one of them", "leave keep out: the shape says all")
     asked = recipe.search
-    if recipe.stages > 1:
+    if recipe.cuts and recipe.stages > 1:
         _check_stages(recipe)
     if asked is None:
         return

@@ -11,68 +11,67 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from regrow import cache
+from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import Anatomy
-from regrow.artifacts.space import full, shape_of
+from regrow.artifacts.shape import Anatomy, Shape
+from regrow.artifacts.space import Widths, full
 from regrow.engines.bind import Subject, bind
 from regrow.stages.apply import cut_copy
-from regrow.stages.plan import Wish, make_plan
+from regrow.stages.plan import DIVISORS, Wish, make_plan
 
 Between = Callable[[Plan], tuple[Anatomy, Scores]]  # what a plan leaves of the intact model, and its scores
 
 
 def staged(anatomy: Anatomy, scores: Scores, wish: Wish, count: int, between: Between) -> Plan:
-    """The plan of a cut in `count` steps, in indices of the intact model, whose `scores` decide the first.
+    """The plan of a cut in `count` steps, in indices of the intact model, whose `scores` decide its first step.
 
-    Raises as `make_plan` does.
+    It leaves the shape that one step would leave. Raises as `make_plan` does.
     """
-    first, *others = steps(anatomy, wish, count)
-    plan = make_plan(anatomy, scores, first)
-    for asked in others:
-        if not _reached(anatomy, plan, asked):
-            left, found = between(plan)
-            plan = plan.then(make_plan(left, found, _fitting(asked, left, anatomy)))
-    plan.check(anatomy)
-    return plan if count == 1 else replace(plan, made_by={**plan.made_by, "stages": count})
-
-
-def steps(anatomy: Anatomy, wish: Wish, count: int) -> list[Wish]:
-    """What is to be left after each step: from the whole down to what is wished in equal parts."""
     if count == 1:
-        return [wish]
-    if wish.widths is not None:
-        whole = full(anatomy)
-        return [
-            replace(
-                wish, widths={unit: whole[unit] - (whole[unit] - n) * i // count for unit, n in wish.widths.items()}
-            )
-            for i in range(1, count + 1)
-        ]
-    dense, target = wish.budget.count(anatomy, anatomy.dense), wish.budget.target(anatomy)
-    limits = (max(target, dense - (dense - target) * i // count) for i in range(1, count + 1))
-    return [replace(wish, budget=replace(wish.budget, limit=float(n), relative=False)) for n in limits]
+        return make_plan(anatomy, scores, wish)
+    plan = make_plan(anatomy, scores, replace(wish, merge="off"))
+    for number, widths in enumerate(steps(anatomy, wish, plan.shape(), count)):
+        if number == 0:
+            plan = make_plan(anatomy, scores, replace(wish, widths=widths))
+        else:
+            left, found = between(plan)
+            plan = plan.then(make_plan(left, found, _fitting(wish, widths, left, anatomy)))
+    plan.check(anatomy)
+    return replace(plan, made_by={**plan.made_by, "stages": count})
 
 
-def _reached(anatomy: Anatomy, plan: Plan, wish: Wish) -> bool:
-    """Whether steps before went as far as this one should: coarse units go further than was asked."""
-    if wish.widths is not None:
-        return plan.shape() == shape_of(anatomy, wish.widths)
-    return wish.budget.count(anatomy, plan.shape()) <= wish.budget.target(anatomy)
+def steps(anatomy: Anatomy, wish: Wish, shape: Shape, count: int) -> list[Widths]:
+    """The widths after each step: those of every axis fall to `shape`, which is uniform, in equal parts.
+
+    On the way they are multiples as the wish says; a step in which nothing would go is left out.
+    """
+    whole, first = full(anatomy), shape.layers[0]
+    last: Widths = {
+        "layer": len(shape.layers),
+        "group": first.groups,
+        "head": first.heads,
+        "neuron": first.neurons,
+        "channel": shape.channels,
+    }
+    found: list[Widths] = []
+    for i in range(1, count + 1):
+        widths: dict[Unit, int] = {}
+        for unit in wish.axes:
+            gone = (whole[unit] - last[unit]) * i // count
+            divisor = wish.divisors.get(unit, DIVISORS[unit]) if i < count else 1
+            widths[unit] = whole[unit] - gone // divisor * divisor
+        if widths != (found[-1] if found else {unit: whole[unit] for unit in wish.axes}):
+            found.append(widths)
+    return found
 
 
-def _fitting(wish: Wish, left: Anatomy, intact: Anatomy) -> Wish:
-    """Without axes of which nothing can go any more, such as heads once every group has one."""
+def _fitting(wish: Wish, widths: Widths, left: Anatomy, intact: Anatomy) -> Wish:
+    """A later step, without axes of which nothing can go any more, such as heads once every group has one."""
     axes = tuple(unit for unit in wish.axes if unit in left.supported)
     merges = "head" in axes or intact.sizes["G"] == 1
-    return replace(
-        wish,
-        axes=axes,
-        split={unit: share for unit, share in wish.split.items() if unit in axes},
-        divisors={unit: step for unit, step in wish.divisors.items() if unit in axes},
-        widths=None if wish.widths is None else {unit: n for unit, n in wish.widths.items() if unit in axes},
-        merge=wish.merge if merges else "off",
-    )
+    own = {unit: widths[unit] for unit in axes}
+    return replace(wish, axes=axes, split={}, divisors={}, widths=own, merge=wish.merge if merges else "off")
 
 
 def left_by(subject: Subject, plan: Plan) -> Subject:

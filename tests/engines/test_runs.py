@@ -15,6 +15,7 @@ from regrow.engines.tasks import answer_tasks
 from regrow.errors import UnknownName
 from regrow.stages.apply import cut_copy
 from regrow.stages.load import load
+from regrow.stages.score import choose, score
 
 ITEMS = 6
 
@@ -47,6 +48,16 @@ def test_shut_is_cut(subject: Subject) -> None:
     assert scored == 5
     assert seen == [(done, 5) for done in range(1, 6)]
     assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
+
+
+def test_equal_runs_give_equal_scores(subject: Subject) -> None:
+    """As of every criterion; those that read text have a test of their own. Only depths that are named have a score."""
+    chosen = choose("contiguous-task", ("layer",), {}, {"task": "piqa", "limit": 3})
+    first, second = (score(subject, chosen, None, depths=[4, 5]).table["layer"] for _ in range(2))
+    assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
+    assert first.dtype == torch.float32
+    assert first.shape == (6, 7)
+    assert torch.equal(first.isfinite(), torch.ones(6, 7).triu(4).bool() & torch.ones(6, 7).tril(5).bool())
 
 
 def test_nothing_asked(subject: Subject) -> None:
