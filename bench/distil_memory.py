@@ -1,8 +1,8 @@
 """Peak memory of learning from a teacher against the vocabulary, and how long a step waits for its text.
 
-Memory: two random Llamas of 8 layers and 384 channels with a tied head, as student and teacher, a process for each,
-the median of five; all weights train, three steps of 4 x 256 tokens. What a larger vocabulary adds is set against what must be
-added: the student's embedding with its gradient and two numbers of the optimiser, and the teacher's.
+Memory: two random Llamas of 8 layers and 384 channels with a tied head, as student and teacher, a process for each, the
+median of five; all weights train, three steps of 4 x 256 tokens. What a larger vocabulary adds is set against what must
+be added: the student's embedding with its gradient and two numbers of the optimiser, and the teacher's.
 Waiting: SmolLM2 at 80 % learns from SmolLM2. Packed and tokenised text of a run, and what the loop waits for batches,
 as shares of the time that the training takes.
 """
