@@ -23,7 +23,7 @@ from regrow.engines.head import Head
 from regrow.engines.loop import BESIDE
 from regrow.engines.match import Match, Matcher
 from regrow.engines.objective import Answer
-from regrow.engines.online_teacher import FromOnlineTeacher
+from regrow.engines.online_teacher import FromOnlineTeacher, Online
 from regrow.engines.resume import newest
 from regrow.engines.train import train
 from regrow.errors import SettingsError
@@ -43,7 +43,9 @@ def pair(kind: str = "llama", **changes: Any) -> tuple[Any, Any]:
 
 
 def online(teacher: Any, rate: float = 1e-2, **changes: Any) -> FromOnlineTeacher:
-    return FromOnlineTeacher(teacher, kl(), **{"rate": rate, "rank": 2, **changes})
+    return FromOnlineTeacher(
+        teacher, kl(), online=Online(rate, changes.pop("rank", 2), changes.pop("seed", 0)), **changes
+    )
 
 
 def stirred(goal: FromOnlineTeacher) -> FromOnlineTeacher:

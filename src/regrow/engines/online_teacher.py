@@ -9,7 +9,7 @@ What this gives up: a teacher without gradients, and with it memory and time; on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,18 @@ from regrow.engines.objective import Answer, Objective
 from regrow.engines.packed import learnt
 
 
+class Online(NamedTuple):
+    """How a teacher learns: adapters of `rank`, drawn from `seed`, at the peak rate `rate`."""
+
+    rate: float
+    rank: int = 8
+    seed: int = 0
+
+
 class FromOnlineTeacher(FromTeacher):
     """The loss (model, batch) of `FromTeacher`, and beside it what its teacher lowers.
 
-    The teacher is given adapters of `rank`, which learn at the peak rate `rate`, and stay in it. Raises `SettingsError`
+    The teacher is given adapters that learn as `online` says, and stay in it. Raises `SettingsError`
     when it has no linear for them, and what `FromTeacher` raises.
     """
 
@@ -35,13 +43,12 @@ class FromOnlineTeacher(FromTeacher):
         divergence: Divergence,
         options: Mapping[str, Any] | None = None,
         *,
-        rate: float,
-        rank: int = 8,
-        seed: int = 0,
+        online: Online,
         text: float = 0.0,
         matcher: Matcher | None = None,
     ) -> None:
         super().__init__(teacher, divergence, options, text=text, matcher=matcher)
+        rate, rank, seed = online
         adapted = add_adapters(teacher, rank=rank, alpha=2 * rank, dropout=0.0, seed=seed).eval()
         self.adapters = nn.ParameterList(p for p in adapted.parameters() if p.requires_grad)
         self.rate = rate

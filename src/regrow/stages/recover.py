@@ -28,7 +28,7 @@ from regrow.engines.match import Match, Matcher
 from regrow.engines.mixture import Mixture
 from regrow.engines.objective import Loss, Objective, next_token
 from regrow.engines.on_policy import OnPolicy, Policy
-from regrow.engines.online_teacher import FromOnlineTeacher
+from regrow.engines.online_teacher import FromOnlineTeacher, Online
 from regrow.engines.packed import Packed, as_packed
 from regrow.engines.pairs import Draw, Preferred, written
 from regrow.engines.resume import fingerprint, weights_fingerprint
@@ -290,7 +290,7 @@ def learning_from(teacher: Any, student: Any, settings: Recover, seed: int) -> O
         goal = FromTeacher(teacher, loss, asked.options, **also).objective
     else:
         rate, rank = asked.online_rate, asked.online_rank
-        goal = FromOnlineTeacher(teacher, loss, asked.options, rate=rate, rank=rank, seed=seed, **also).objective
+        goal = FromOnlineTeacher(teacher, loss, asked.options, online=Online(rate, rank, seed), **also).objective
     if not asked.on_policy:
         return goal
     tokens = min(len(model.get_input_embeddings().weight) for model in (teacher, student))
