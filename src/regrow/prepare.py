@@ -12,8 +12,7 @@ from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.artifacts.pattern import Pattern
-from regrow.artifacts.plan import Plan
-from regrow.artifacts.shape import Anatomy, gone, tensor_size
+from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.share import ZERO_SPREADS
 from regrow.artifacts.sparsity import Sparsity
 from regrow.cut_checks import check_asked_shape, check_chosen_by, chosen_criteria
@@ -26,8 +25,10 @@ from regrow.engines.kept_teacher import check_k
 from regrow.engines.match import check_depths
 from regrow.engines.packed import Packed
 from regrow.engines.texts import Part, documents, is_rows, shared
+from regrow.engines.trackers import check_trackers
 from regrow.errors import RegrowWarning, SettingsError, TextError
 from regrow.foretold import foretold_plan
+from regrow.plan_checks import warn_of_smaller
 from regrow.recovery import BASE, KEEPS, KEEPS_CUT, Recover
 from regrow.settings import Recipe
 from regrow.stages import sparsify
@@ -48,7 +49,7 @@ def check_words(recipe: Recipe) -> Wish | None:
             "cut first, then `regrow sparsify` the folder",
         )
     check_asked_shape(recipe)
-    wish = as_wish(recipe)
+    wish, recipe = as_wish(recipe), as_trained(recipe)
     SPREADS.get(recipe.spread)
     if recipe.sparsify is not None:
         Pattern.parse(recipe.sparsify.pattern)
@@ -57,6 +58,8 @@ def check_words(recipe: Recipe) -> Wish | None:
     asked = recipe.recover
     if asked is not None and asked.tokens:
         as_train(asked, recipe.seed)
+        check_trackers(asked.report_to)
+        _check_place(recipe.device)
         DIVERGENCES.get(asked.loss).check(asked.distil.options)
         LIKENESSES.get(asked.distil.likeness).check(asked.distil.likeness_options)
         if asked.teacher is not None:
@@ -75,6 +78,17 @@ def check_words(recipe: Recipe) -> Wish | None:
                 "use --dtype fp32, or adapters, such as recover.method=spp of a sparse model and lora of another",
             )
     return wish
+
+
+def _check_place(device: str) -> None:
+    """Raise `SettingsError` for a GPU that the trainer would not take: it knows the first it sees."""
+    number = device.removeprefix("cuda:")
+    if number != device and number != "0":
+        raise SettingsError(
+            f"training on {device}",
+            "auto, cpu, cuda, mps: the trainer takes the first GPU that it sees",
+            f"show it no other: CUDA_VISIBLE_DEVICES={number} before the command, and --device cuda",
+        )
 
 
 def _check_policy(asked: Recover) -> None:
@@ -103,6 +117,7 @@ def fitted(recipe: Recipe, anatomy: Anatomy) -> Recipe:
 def check(recipe: Recipe) -> Wish | None:
     """Refuse what can be refused before a model is read. Raises `InputError`; returns what is asked of the planner."""
     wish = check_words(recipe)
+    recipe = as_trained(recipe)
     if not recipe.cuts and recipe.sparsify is None and not (recipe.recover and recipe.recover.tokens):
         raise SettingsError("a run that changes nothing", "keep, sparsify or recover", "say what is to be done")
     if calibrates(recipe):
@@ -143,6 +158,7 @@ def _check_apart(recipe: Recipe) -> None:
 
 def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
     """Refuse what this model cannot have, and warn of what it will not do well, before anything long begins."""
+    recipe = as_trained(recipe)
     if wish is not None:
         check_wish(subject.anatomy, wish)
         meet(subject.anatomy, wish, wish.budget.target(subject.anatomy))
@@ -171,6 +187,19 @@ def check_steps(subject: Subject, recipe: Recipe, wish: Wish) -> None:
             "a dense model",
             "merge heads first and sparsify then, or leave merge_heads out",
         )
+
+
+def ranking(recipe: Recipe) -> Recover:
+    """How a search's candidates are trained: as the recipe recovers, else all weights, from the model itself."""
+    return recipe.recover or Recover(method="full", teacher=recipe.model, learning_rate=1e-4, batch=4)
+
+
+def as_trained(recipe: Recipe) -> Recipe:
+    """With a recovery of all that is trained: where nothing is trained but a search's candidates, of their tokens."""
+    ranks = 0 if recipe.search is None else recipe.search.rank_tokens
+    if not ranks or (recipe.recover is not None and recipe.recover.tokens):
+        return recipe
+    return recipe.model_copy(update={"recover": ranking(recipe).model_copy(update={"tokens": ranks})})
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -207,26 +236,6 @@ def check_spp(subject: Subject, recipe: Recipe) -> None:
     spp_forward.check_rank(asked.rank, rows)
 
 
-def check_planned(subject: Subject, plan: Plan, recipe: Recipe) -> None:
-    """Refuse a rank of SPP that does not divide the outputs which a cut leaves, and places of states in layers which it
-    does not. Raises `SettingsError`."""
-    asked = recipe.recover
-    if asked is None or not asked.tokens:
-        return
-    if asked.teacher is not None:
-        check_depths(LIKENESSES.get(asked.distil.likeness), asked.distil.states, len(plan.layers))
-    if asked.method != "spp":
-        return
-    shape, names = plan.shape(), set(zeros.prunable(subject.anatomy))
-    layers = {units.index: left for units, left in zip(plan.layers, shape.layers, strict=True)}
-    rows = {
-        tensor.name: tensor_size(subject.anatomy, tensor, layers[tensor.layer], shape.channels)[-2]
-        for tensor in subject.anatomy.tensors
-        if tensor.name in names and tensor.layer in layers and not gone(tensor, layers[tensor.layer])
-    }
-    spp_forward.check_rank(asked.rank, rows)
-
-
 def check_tongue(subject: Subject, recipe: Recipe) -> None:
     """Refuse a teacher whose tokens are others, whose files are broken, or who is the model itself, before anything is
     pruned for it. Raises `SettingsError`, `BrokenModel`."""
@@ -254,10 +263,8 @@ def check_tongue(subject: Subject, recipe: Recipe) -> None:
             "the model it was made from, or another with the same tokenizer",
             "name the teacher; `base` is known only of folders that regrow wrote",
         )
-    size, own = checkpoint.count(folder), subject.model.num_parameters()
-    if not recipe.cuts and size < own:
-        what = f"teacher {asked.teacher} has {size:,} parameters and the student {own:,}"
-        warnings.warn(f"{what}: little is learnt from one that knows less", RegrowWarning, stacklevel=2)
+    if not recipe.cuts:
+        warn_of_smaller(asked.teacher, subject.model.num_parameters())
 
 
 def check_zeros(subject: Subject, recipe: Recipe) -> None:

@@ -175,7 +175,9 @@ class Recover(Part):
     )
     resume: bool = Field(default=True, description="go on where an interrupted recovery of the same kind stopped")
     until: int | None = Field(
-        default=None, ge=1, description="leave after so many tokens of it, with the rates of the whole"
+        default=None,
+        ge=1,
+        description="leave after so many tokens of it, with the rates of the whole; the same with a larger one goes on",
     )
     teacher: str | None = Field(
         default=None,

@@ -58,7 +58,7 @@ def notes_of_text(asked: Recover, blocks: Packed, empty: int, found: Recovered) 
     notes = []
     for number, source in enumerate(asked.sources):
         own = blocks if blocks.domain is None else blocks[blocks.domain == number]
-        text, read = own.ids.numel(), asked.tokens * (_share(asked, source, found) if asked.mixture else 1.0)
+        text, read = own.ids.numel(), found.training.tokens * (_share(asked, source, found) if asked.mixture else 1.0)
         if text <= read - asked.block:
             of = f" of {source}" if asked.mixture else ""
             notes.append(f"trained {read / text:.1f} times over a recovery text{of} of {text:,} tokens")

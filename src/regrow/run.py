@@ -31,14 +31,16 @@ from regrow.engines.clock import machine
 from regrow.engines.hetero import Holder, holder
 from regrow.engines.resume import weights_fingerprint
 from regrow.engines.texts import fingerprint, unanswered
+from regrow.engines.trackers import keep_runs
 from regrow.engines.train_settings import FREE
+from regrow.engines.watch import TRACK, line
 from regrow.errors import RegrowWarning, SettingsError
 from regrow.kept import Progress, calibration, read_by, scored, statistics
+from regrow.plan_checks import check_planned
 from regrow.prepare import (
     as_wish,
     calibrates,
     check,
-    check_planned,
     check_subject,
     fitted,
     recovery_parts,
@@ -48,6 +50,7 @@ from regrow.prepare import (
 )
 from regrow.recipe_files import dump
 from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
+from regrow.recovery import Recover
 from regrow.references import notes_of_text, with_references
 from regrow.search import Chosen, check_search, depths, search
 from regrow.settings import Calibration, Recipe
@@ -127,9 +130,12 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         sparsity=by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
     )
     files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.papers(kept)}
+    if training:
+        files[TRACK] = "".join(map(line, training))
     pages = page(report, plan if wish else None, scores, files["recipe.yaml"])
     export(subject, done.holder, out, {**files, **pages}, notes_of_folder(subject, out, recipe, kept))
-    if training:
+    if training and not (recipe.recover and _left(recipe.recover, recovered)):
+        keep_runs(work, out)
         cache.drop(work)
     processes.wait()
     return report
@@ -226,6 +232,11 @@ def _known(subject: Subject) -> tuple[str, ...]:
     """What a reader must know of the model that all began with."""
     note = subject.source.get("note")
     return (f"dense: {note}",) if note else ()
+
+
+def _left(asked: Recover, found: Recovered) -> bool:
+    """Whether the training was left on purpose before its end, to be gone on with."""
+    return asked.until is not None and asked.until <= found.training.tokens < asked.tokens
 
 
 def _warned(subject: Subject, recipe: Recipe, done: _Done) -> _Done:

@@ -33,7 +33,7 @@ from regrow.engines.texts import documents, fingerprint
 from regrow.engines.walk import check_finite
 from regrow.errors import BrokenModel, BudgetError, SettingsError, TextError
 from regrow.kept import Progress, read_by
-from regrow.prepare import recovery_text
+from regrow.prepare import ranking, recovery_text
 from regrow.recovery import Recover
 from regrow.settings import Recipe
 from regrow.stages.apply import cut_copy
@@ -133,7 +133,7 @@ def check_search(subject: Subject, recipe: Recipe) -> None:
         check_merged(subject, pool)
     judges(subject, recipe)
     if recipe.search.rank_tokens:
-        train = recipe.recover or ranking(recipe)
+        train = ranking(recipe)
         recovery_text(subject, train, "recovery", count=train.block, seed=recipe.seed)
 
 
@@ -316,7 +316,7 @@ class _Work:
 
     def training(self, mark: int) -> Recover:
         """The recovery of the recipe, shortened; its rate stays as it is after warm-up, so that parts are alike."""
-        own = self.recipe.recover or ranking(self.recipe)
+        own = ranking(self.recipe)
         short = {"tokens": self.asked.rank_tokens, "schedule": "constant", "until": mark, "patience": None}
         plain = own.distil.model_copy(update=PLAIN)
         return own.model_copy(update={**short, "report_to": (), "resume": True, "balance": "fixed", "distil": plain})
@@ -338,11 +338,6 @@ class _Work:
 
     def size(self, widths: Widths) -> int:
         return count(self.subject.anatomy, shape_of(self.subject.anatomy, widths))
-
-
-def ranking(recipe: Recipe) -> Recover:
-    """How candidates are trained where a recipe has no recovery: all weights, from the model itself."""
-    return Recover(method="full", teacher=recipe.model, learning_rate=1e-4, batch=4)
 
 
 def latency(subject: Subject) -> float:

@@ -11,9 +11,20 @@ import torch
 from prompt import Command, Refused
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from regrow.cache import cache_dir
 
 FEW = ("--tokens", 2048, "--set", "recover.block=64", "--set", "recover.batch=4", "--text", "none")
 NARROW = ("--keep", "70%", "--axes", "neuron", "--uniform", "--criterion", "magnitude", "--divisors", "neuron=8")
+
+
+RELATIONS = tuple(
+    part
+    for key in ("likeness=relations", "states=[1]", "likeness_options={heads: 5}")
+    for part in ("--set", f"recover.distil.{key}")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +92,62 @@ def test_a_smaller_teacher_is_warned_of(regrow: Command, sprout_dir: Path, cut: 
         assert done.err.count("warning: teacher") == said == done.err.count("little is learnt from one that knows less")
 
 
+def test_a_smaller_teacher_of_what_is_cut(regrow: Command, sprout_dir: Path, cut: Path, tmp_path: Path) -> None:
+    """Known once it is known what stays: 80 % of the layers' weights are more than the teacher's 70 %."""
+    for keep, said in (("80%", True), ("60%", False)):
+        flags = ("--set", f"keep={keep}", "--set", "axes=[neuron]", "--set", "criterion=magnitude")
+        teacher = ("--teacher", cut, "--adapter", "lora")
+        done = regrow("recover", sprout_dir, *flags, *teacher, *FEW, "--out", tmp_path / keep[:2])
+        assert done.code == 0, done.err
+        assert done.err.count("little is learnt from one that knows less") == said
+
+
+def test_one_that_is_left_is_gone_on_with(regrow: Command, sprout_dir: Path, cut: Path, tmp_path: Path) -> None:
+    """As if it had not been left; then its checkpoints go."""
+    how = ("--adapter", "full", "--learning-rate", 1e-3, "--teacher", sprout_dir, *FEW)
+    assert regrow("recover", cut, *how, "--out", tmp_path / "whole").code == 0
+    for until in (512, 1024):
+        done = regrow("recover", cut, *how, "--set", f"recover.until={until}", "--out", tmp_path / str(until))
+        assert done.code == 0, done.err
+        assert f"{until:,} tokens were seen" in done.out
+        assert curve(tmp_path / str(until))[-1]["tokens"] == until
+    assert list(cache_dir("recover").glob("*/checkpoint-*")), "still there"
+    assert regrow("recover", cut, *how, "--out", tmp_path / "rest").code == 0
+    whole, rest = weights(tmp_path / "whole"), weights(tmp_path / "rest")
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    assert not list(cache_dir("recover").glob("*/checkpoint-*"))
+
+
+class Told(TrainerCallback):  # type: ignore[misc]
+    """Writes where TensorBoard would."""
+
+    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+        folder = Path(args.output_dir, "runs", "now")
+        folder.mkdir(parents=True)
+        (folder / "events").write_text("told", encoding="utf-8")
+
+
+def test_what_trackers_were_told_is_kept(
+    regrow: Command, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Told)
+    done = regrow("recover", cut, "--set", "recover.report_to=[tensorboard]", *FEW, "--out", out)
+    assert done.code == 0, done.err
+    assert (out / "runs/now/events").read_text(encoding="utf-8") == "told"
+    assert [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()] == curve(out)
+
+
+def test_trackers_that_cannot_be(refused: Refused, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("it requires a package")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", missing)
+    asked = ("recover", cut, *FEW, "--out", tmp_path / "out", "--set")
+    refused(*asked, "recover.report_to=[tensorbord]", says=("unknown tracker 'tensorbord'", "tensorboard"))
+    refused(*asked, "recover.report_to=[tensorboard]", says=("tensorboard, which cannot be used", "install it"))
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -90,6 +157,8 @@ def test_a_smaller_teacher_is_warned_of(regrow: Command, sprout_dir: Path, cut: 
         (("--loss", "jsd", "--set", "recover.distil.options={beta: 1.5}"), ("option beta=1.5", "0 to 1")),
         (("--set", "recover.distil.likeness=cosinus"), ("unknown loss of states 'cosinus'", "cosine")),
         (("--set", "recover.distil.states=[9]"), ("states at place 9", "to 6")),
+        (RELATIONS, ("5 heads of relations", "divisors of")),
+        (("--device", "cuda:1"), ("training on cuda:1", "CUDA_VISIBLE_DEVICES=1")),
         (("--set", "recover.distil.heat=2"), ("recover.distil.heat", "recover.distil.states")),
     ],
 )
@@ -101,3 +170,13 @@ def test_what_is_refused(
 
 def test_only_what_was_cut_of_a_model_that_was_not(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
     refused("recover", sprout_dir, "--adapter", "cut", *FEW, "--out", tmp_path / "out", says=("no matrix is smaller",))
+    layers = ("--set", "keep=80%", "--set", "axes=[layer]", "--set", "criterion=magnitude")
+    asked = ("recover", sprout_dir, "--adapter", "cut", *layers, *FEW, "--out", tmp_path / "out")
+    refused(*asked, says=("the cut makes no matrix smaller", "a cut of widths"))
+
+
+def test_relations_of_what_a_cut_leaves(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    """Known from the plan: nothing is cut or trained for it."""
+    teaching = ("--teacher", "base", "--set", "keep=80%", "--set", "axes=[neuron]", "--set", "criterion=magnitude")
+    asked = ("recover", sprout_dir, *teaching, *RELATIONS, *FEW, "--out", tmp_path / "out")
+    refused(*asked, says=("5 heads of relations", "divisors of"))

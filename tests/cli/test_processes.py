@@ -66,6 +66,6 @@ def test_a_device_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     from regrow.stages.load import pick_device
 
-    assert pick_device("auto") == "cuda:1"
+    assert pick_device("auto") == "cuda:1" == pick_device("cuda")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert pick_device("auto") == "cuda"

@@ -68,6 +68,10 @@ def test_a_shape_by_name(regrow: Command, sprout_dir: Path, tmp_path: Path) -> N
         (("--method", "best"), ("best", "grid, random")),
         (("--storage", "nosuch://here"), ("nosuch://here", "the URL of a database")),
         (("--axes", "neuron,channel", "--set", "search.choices={layer: [4]}"), ("choices of layers", "add layer")),
+        (("--set", "recover.loss=forward-lk"), ("unknown loss 'forward-lk'", "forward-kl")),
+        (("--set", "recover.micro_batch=3"), ("micro_batch = 3", "batch")),
+        (("--dtype", "bf16"), ("recovery of all weights in bf16", "fp32")),
+        (("--set", "recover.block=100000"), ("recover.block = 100000", "the model reads")),
         (("--criterion", "nosuch"), ("nosuch", "criterion")),
     ],
 )

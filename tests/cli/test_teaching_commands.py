@@ -155,6 +155,8 @@ def test_a_teacher_who_is_heard_by_what_it_writes(
         ({"preferences": 1, "text": 0.5}, ("preferences and recover.distil.text", "preferences alone")),
         ({"preferences": 1, "prompt": 1}, ("recover.distil.prompt = 1", "less than 1")),
         ({"preferences": 1, "sampling": 0}, ("recover.distil.sampling = 0", "greater than 0")),
+        ({"on_policy": 0.5, "LEARN": 1}, ("on_policy and learn: answers", "learnt whole")),
+        ({"preferences": 1, "MIXTURE": 1}, ("preferences and recover.mixture", "one text")),
         ({"teacher_tokens": 64, "teacher_dtype": "bf16"}, ("a teacher in bf16 that is to be trained", "fp32")),
         ({"teacher_dtype": "int4"}, ("unknown recover.distil.teacher_dtype 'int4'", "bf16")),
     ],
@@ -162,7 +164,10 @@ def test_a_teacher_who_is_heard_by_what_it_writes(
 def test_what_is_refused(
     refused: Refused, sprout_dir: Path, cut: Path, tmp_path: Path, keys: dict[str, Any], says: tuple[str, ...]
 ) -> None:
-    refused("recover", cut, "--teacher", sprout_dir, *FEW, *distil(**keys), "--out", tmp_path / "out", says=says)
+    beside = {"LEARN": "recover.learn=answers", "MIXTURE": "recover.mixture={demo:coqa: 1, demo:squad: 1}"}
+    others = [part for name, text in beside.items() if keys.pop(name, None) for part in ("--set", text)]
+    asked = ("recover", cut, "--teacher", sprout_dir, *FEW, *distil(**keys), *others, "--out", tmp_path / "out")
+    refused(*asked, says=says)
 
 
 def test_the_recipe_dry_runs(regrow: Command, sprout_dir: Path) -> None:

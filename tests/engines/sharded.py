@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.engines.adapters import add_adapters
+from regrow.engines.correction import correct
 from regrow.engines.distil import FromTeacher
 from regrow.engines.domains import by_domain, joined
 from regrow.engines.head import head_of
@@ -155,9 +156,19 @@ def by_accelerate(out: Path) -> None:
             torch.save({"state": model.state_dict(), "records": records}, folder / "end.pt")
 
 
+def corrected(out: Path, micro_batch: int) -> tuple[Any, Path]:
+    """A teacher that learns the text first, and the file that it is kept in."""
+    teacher, kept = llama(16, 24, False, 0).requires_grad_(False), out / "kept.safetensors"
+    asked = settings(micro_batch=micro_batch, learning_rate=1e-3)
+    correct(teacher, Packed(patterns()), asked, folder=out, kept=kept, heldout=Packed(patterns(3, 5)))
+    return teacher, kept
+
+
 def main(out: Path) -> None:
     as_if_on_gpus()
     by_accelerate(out)
+    (out / "teacher").mkdir(exist_ok=True)
+    corrected(out / "teacher", micro_batch=2)
     raw(out / "raw.json")
     distributed.destroy_process_group()
 

@@ -52,7 +52,7 @@ def test_what_stopped_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(_: Any, path: Path, **__: Any) -> None:
+    def full(_: Any, path: Path, *__: Any) -> None:
         path.write_bytes(b"begun")
         raise OSError(28, "No space left on device")
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from training import Stop, patterns, pull_plug, same, settings, tiny, weights
 
-from regrow.engines import correction
+from regrow.engines import chunks, correction
 from regrow.engines.correction import correct, heldout_loss
 from regrow.engines.packed import Packed
-from regrow.errors import SettingsError
+from regrow.engines.resume import newest
+from regrow.errors import OutputError, SettingsError
 
 
 def test_it_knows_the_text_better(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -42,6 +44,25 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     found = correct(again, text, settings(), folder=tmp_path / "again", kept=kept)
     assert found == (None, None)
     assert same(weights(whole), weights(again))
+
+
+def test_a_corrected_teacher_is_whole_or_not_kept(tmp_path: Path) -> None:
+    """A training that ends before its last token is no correction, whatever made it end."""
+    kept = tmp_path / "kept.safetensors"
+    with pytest.raises(SettingsError, match="a correction that ended early"):
+        correct(tiny(), Packed(patterns()), settings(until=64), folder=tmp_path / "a", kept=kept)
+    assert not kept.exists()
+
+
+def test_no_room_for_what_was_learnt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(chunks, "save_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        correct(tiny(), Packed(patterns()), settings(), folder=tmp_path / "a", kept=tmp_path / "kept.safetensors")
+    assert not (tmp_path / "kept.safetensors").exists()
+    assert newest(tmp_path / "a") is not None, "the same command goes on from here"
 
 
 def test_the_held_out_loss_is_of_what_is_learnt() -> None:

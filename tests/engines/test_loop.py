@@ -67,7 +67,7 @@ def test_groups_may_name_what_is_beside(tmp_path: Path) -> None:
 # --- stopping early
 
 
-def rising(lowest: int) -> Callable[..., Tensor]:
+def rising(lowest: float) -> Callable[..., Tensor]:
     """A loss that is lowest when the model has made so many steps: held-out losses are (steps - lowest)^2."""
 
     def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -107,6 +107,35 @@ def test_patience_survives_an_interruption(tmp_path: Path) -> None:
         train(model, patterns(), asked, folder=tmp_path, loss=rising(4), heldout=patterns(3), progress=pull_plug(6))
     model = tiny()
     found = train(model, patterns(), asked, folder=tmp_path, loss=rising(4), heldout=patterns(3))
+    assert (found.steps, found.stopped) == (expected.steps, expected.stopped)
+    assert same(weights(model), weights(whole))
+
+
+def test_what_has_stopped_stays_stopped(tmp_path: Path) -> None:
+    """A process that died after its training, before the folder was written: the same weights, not a step more."""
+    first, expected = early(tmp_path, patience=3)
+    for _ in range(2):
+        again, found = early(tmp_path, patience=3)
+        assert (found.steps, found.stopped, found.losses) == (expected.steps, expected.stopped, expected.losses)
+        assert same(weights(first), weights(again))
+
+
+def test_one_that_was_left_is_judged_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Left at step 5, between evaluations of every second step: the best so far is of step 4, and so it is later."""
+    asked: dict[str, Any] = {"tokens": 12 * STEP, "schedule": "constant", "warmup": 0, "save_every": 100, "patience": 2}
+    goes: dict[str, Any] = {"loss": rising(4.8), "heldout": patterns(3)}
+    whole = tiny()
+    expected = train(whole, patterns(), settings(**asked, evaluate_every=2), folder=tmp_path / "whole", **goes)
+    assert expected.stopped is not None
+    assert "after step 4, and not in 2 evaluations" in expected.stopped
+    short = settings(**asked, evaluate_every=2, until=5 * STEP)
+    for _ in range(2):
+        model = tiny()
+        left = train(model, patterns(), short, folder=tmp_path / "left", **goes)
+        assert (left.steps, left.stopped) == (5, f"{5 * STEP} tokens were seen after step 5 of 12")
+        assert model.model.norm.weight[0].item() == pytest.approx(1 - 4e-2, abs=1e-3), "the weights of step 4"
+    model = tiny()
+    found = train(model, patterns(), settings(**asked, evaluate_every=2), folder=tmp_path / "left", **goes)
     assert (found.steps, found.stopped) == (expected.steps, expected.stopped)
     assert same(weights(model), weights(whole))
 

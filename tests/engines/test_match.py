@@ -323,5 +323,14 @@ def test_places_that_a_model_lacks(kind: str, place: int, allowed: str) -> None:
 
 
 def test_layouts_that_keep_queries_keys_and_values_together() -> None:
-    with pytest.raises(UnsupportedModel, match=r"phi3 whose blocks have no self_attn\.q_proj"):
+    with pytest.raises(UnsupportedModel, match=r"phi3 whose block 1 from the end has no self_attn\.q_proj"):
         Matcher(match("relations", 1), make("phi3"), make("phi3"))
+
+
+def test_a_block_without_attention() -> None:
+    """Looked for in every place, not in the last block alone."""
+    student, teacher = pair(num_hidden_layers=2)
+    student.model.layers[0].self_attn = torch.nn.Identity()
+    with pytest.raises(UnsupportedModel, match="block 2 from the end"):
+        Matcher(match("relations", 1, 2), student, teacher)
+    Matcher(match("relations", 1), student, teacher)

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from sharded import trained
+from safetensors.torch import load_file
+from sharded import corrected, llama, trained
 from torch import nn
 from training import tiny
 
 from regrow.engines import sharding
 from regrow.engines.objective import Objective, next_token
+from regrow.engines.on_policy import OnPolicy, Policy
 from regrow.engines.sharding import shard_teacher, whole_again
 from regrow.errors import SettingsError
 
@@ -60,6 +62,16 @@ def test_the_same_by_way_of_accelerate(two: Path, tmp_path: Path, adapters: bool
     assert (two / f"adapters-{adapters}" / "checkpoint-6" / "pytorch_model_fsdp_0").is_dir(), "it was sharded"
 
 
+def test_a_teacher_that_was_sharded_is_kept_as_it_ended(two: Path, tmp_path: Path) -> None:
+    """The file holds what one process would have learnt, not what it began with."""
+    teacher, kept = corrected(tmp_path, micro_batch=4)
+    for name, value in load_file(kept).items():
+        assert torch.equal(value, teacher.get_parameter(name)), name
+    found, start = load_file(two / "teacher/kept.safetensors"), llama(16, 24, False, 0).state_dict()
+    assert max((found[name] - value).abs().max().item() for name, value in start.items()) > 1e-3
+    assert max((found[name] - value).abs().max().item() for name, value in teacher.state_dict().items()) < 1e-5
+
+
 def accelerator(version: int = 2, saved: str = "SHARDED") -> Any:
     """What this house asks of an accelerator that was told of FSDP."""
     plugin = SimpleNamespace(
@@ -90,6 +102,9 @@ def test_what_is_refused() -> None:
         shard_teacher(Objective(next_token), accelerator(saved="FULL"))
     with pytest.raises(SettingsError, match="beside a sharded model"):
         shard_teacher(Objective(next_token, beside=nn.Linear(1, 1)), accelerator())
+    writes = OnPolicy(Objective(next_token), Policy(0.5, 0.5, 1.0, 10), seed=0)
+    with pytest.raises(SettingsError, match="writes its own text"):
+        shard_teacher(writes.objective, accelerator())
 
 
 def test_a_model_that_is_not_sharded_stays_as_it_is() -> None:

@@ -131,10 +131,11 @@ def test_rates_of_a_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A fifth of the student's; where adapters learn, whose rates are others, a fifth of that of all weights."""
     seen: list[Any] = []
     monkeypatch.setattr(recovering, "correct", lambda *given, **_: seen.append(given[2]) or recovering_none())
-    for number, changes in enumerate(({}, {"method": "spp", "learning_rate": 0.1}, {"patience": 2})):
+    for number, changes in enumerate(({}, {"method": "spp", "learning_rate": 0.1}, {"patience": 2, "until": 128})):
         run(tmp_path / str(number), {"teacher_tokens": 1024, "teacher_share": 0.2}, **changes)
     assert [round(x.learning_rate, 9) for x in seen] == [2e-4, round(0.2 * RATES["full"], 9), 2e-4]
-    assert {(x.tokens, x.batch, x.schedule, x.patience) for x in seen} == {(1024, 4, "cosine", None)}
+    assert {(x.tokens, x.batch, x.schedule) for x in seen} == {(1024, 4, "cosine")}
+    assert {(x.patience, x.until) for x in seen} == {(None, None)}, "it learns all of it"
 
 
 def recovering_none() -> Any:

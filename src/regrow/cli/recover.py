@@ -16,7 +16,7 @@ def recover(
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="lora (the default), spp (the default of a sparse model), lora-masked, hira, ia3, full or ast"
+            help="lora (the default), spp (the default of a sparse model), lora-masked, hira, ia3, full, cut or ast"
         ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="tokens to train on")] = None,

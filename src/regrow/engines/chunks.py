@@ -5,7 +5,7 @@ A file is whole or not there. What this gives up: pieces made by several process
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,16 +28,17 @@ def in_chunks(
         rows = slice(start, min(start + size, count))
         path = folder / f"{start // size}.safetensors"
         if not path.exists():
-            _write(make(rows), path)
+            save(make(rows), path)
         files.append(path)
         say(rows.stop)
     return files
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+def save(tensors: Mapping[str, Tensor], path: Path, said: dict[str, str] | None = None) -> None:
+    """Write a file of tensors and of what is `said` of them. Raises `OutputError` when it cannot be written."""
     try:
         with replacing(path) as partial:
-            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial)
+            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, said)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{path} cannot be written: {error}",

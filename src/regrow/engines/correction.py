@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from regrow.cache import replacing
+from regrow.engines.chunks import save
 from regrow.engines.domains import mean_loss
 from regrow.engines.objective import next_token
 from regrow.engines.packed import Packed
 from regrow.engines.train import train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.watch import Progress
+from regrow.errors import SettingsError
 
 
 class Corrected(NamedTuple):
@@ -45,23 +45,25 @@ def correct(
     """Train `teacher` (fp32) in place on `text`, or take the weights that the file `kept` holds of the same training.
 
     `folder` holds checkpoints, so an interrupted training goes on. Weights end frozen, in `kept` too. Raises what
-    `train` raises. arXiv:2408.11796.
+    `train` raises, and `SettingsError` for settings that end it early. arXiv:2408.11796.
     """
-    weights = dict(teacher.named_parameters())
     if kept.exists():
         with safe_open(kept, "pt") as file, torch.no_grad():
-            for name, weight in weights.items():
+            for name, weight in teacher.named_parameters():
                 weight.copy_(file.get_tensor(name))
             return Corrected(*json.loads(file.metadata()["losses"]))
     device = teacher.device
     before = heldout_loss(teacher, heldout, settings.micro_batch)
     teacher.requires_grad_(True)
-    train(teacher, text, settings, folder=folder, heldout=heldout, resume=resume, progress=progress)
+    done = train(teacher, text, settings, folder=folder, heldout=heldout, resume=resume, progress=progress)
+    if done.stopped is not None:
+        raise SettingsError(
+            f"a correction that ended early: {done.stopped}", "one that sees all its tokens", "ask for fewer tokens"
+        )
     teacher.requires_grad_(False).eval().to(device)
     found = Corrected(before, heldout_loss(teacher, heldout, settings.micro_batch))
-    with replacing(kept) as partial:
-        whole = {name: weight.detach().contiguous() for name, weight in weights.items()}
-        save_file(whole, partial, metadata={"losses": json.dumps(found)})
+    weights = dict(teacher.named_parameters())  # only now: sharded ones were whole again as others
+    save({name: weight.detach() for name, weight in weights.items()}, kept, {"losses": json.dumps(found)})
     return found
 
 

@@ -6,7 +6,8 @@ What this gives up: one process on several devices (start it with `torchrun` or 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -97,8 +98,14 @@ class Loop(Trainer):  # type: ignore[misc]
             model.__dict__.pop("save_pretrained", None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        try:
+        with self.room():
             super()._save_checkpoint(model, trial)
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Says `OutputError` of a checkpoint that cannot be written."""
+        try:
+            yield
         except (OSError, SafetensorError, RuntimeError) as error:
             room = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
             if not room:
@@ -137,6 +144,8 @@ class Loop(Trainer):  # type: ignore[misc]
         """The state of a checkpoint, for a run with nothing left to do."""
         self._load_from_checkpoint(str(checkpoint), self.model)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
 
     def _load_best_model(self) -> None:
         """The state with the lowest held-out loss, by the way that a resumed run takes."""

@@ -6,6 +6,7 @@ serves all of them and is thrown away after the training. What this gives up: la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,17 +70,35 @@ class Matcher(nn.Module):
 
 
 def check_places(match: Match, student: Any, teacher: Any) -> None:
-    """Raise `SettingsError` for a place that one of the models does not have, `UnsupportedModel` for other layouts."""
+    """Raise `SettingsError` for a place that one of the models does not have and for heads that do not divide their
+    widths, `UnsupportedModel` for other layouts."""
     check_depths(match.likeness, match.places, *(len(blocks_of(model)) for model in (student, teacher)))
-    if match.likeness.of == "attention":
-        for model in (student, teacher):
-            for path in QKV:
-                if not isinstance(_at(blocks_of(model)[-1], path), nn.Module):
-                    raise UnsupportedModel(
-                        f"a {model.config.model_type} whose blocks have no {path}",
-                        "queries, keys and values as three linears",
-                        "compare states by cosine or mse instead",
-                    )
+    if match.likeness.of != "attention":
+        return
+    for model in (student, teacher):
+        for place in match.places:
+            block = blocks_of(model)[-place]
+            weights = [getattr(_at(block, path), "weight", None) for path in QKV]
+            found = [len(weight) for weight in weights if isinstance(weight, Tensor)]
+            if len(found) < len(QKV):
+                raise UnsupportedModel(
+                    f"a {model.config.model_type} whose block {place} from the end has no {', '.join(QKV)}",
+                    "queries, keys and values as three linears in every block that is compared",
+                    "compare states by cosine or mse instead, or in other places",
+                )
+            check_heads(match, found)
+
+
+def check_heads(match: Match, widths: Sequence[int]) -> None:
+    """Raise `SettingsError` unless `heads` divides the widths of queries, keys and values."""
+    heads = match.options.get("heads", 1)
+    if any(width % heads for width in widths):
+        numbers = " and ".join(str(width) for width in dict.fromkeys(widths))
+        raise SettingsError(
+            f"{heads} heads of relations among queries, keys and values of {numbers} numbers",
+            f"divisors of {math.gcd(*widths)}",
+            "name another number in likeness_options",
+        )
 
 
 def check_depths(likeness: Likeness, places: Sequence[int], *depths: int) -> None:

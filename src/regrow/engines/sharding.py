@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regrow.engines.match import blocks_of
 from regrow.engines.objective import Objective
+from regrow.engines.on_policy import OnPolicy
 from regrow.errors import SettingsError
 
 HOOKED = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
@@ -35,8 +36,9 @@ def shard(model: Any, **policy: Any) -> None:
 def shard_teacher(objective: Objective, accelerator: Any) -> None:
     """Where accelerate is about to spread the student, spread the teacher of its loss by the same policy.
 
-    Raises `SettingsError` for FSDP of version 1, for checkpoints of whole weights, which are not read back, and for
-    weights beside the model, which accelerate cannot place.
+    Raises `SettingsError` for FSDP of version 1, for checkpoints of whole weights, which are not read back, for
+    weights beside the model, which accelerate cannot place, and for a student that writes in some passes of some
+    processes.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -55,6 +57,12 @@ def shard_teacher(objective: Objective, accelerator: Any) -> None:
             "weights that learn beside a sharded model, such as a projection between states",
             "a loss without any",
             "compare states of equal width or none, or train whole copies: `accelerate launch --multi_gpu`",
+        )
+    if isinstance(objective.loss, OnPolicy):
+        raise SettingsError(
+            "a sharded student that writes its own text: processes would wait for each other's passes for ever",
+            "text as it is",
+            "leave on_policy out, or train whole copies: `accelerate launch --multi_gpu`",
         )
     teacher = getattr(objective.loss, "teacher", None)
     if teacher is not None:

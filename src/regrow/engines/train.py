@@ -72,7 +72,8 @@ def train(
         trainer.groups, trainer.heldout = groups, measured
         watch = Watch(trainer, progress)
         trainer.add_callback(watch)
-        if start is not None and watch.was_enough(start):
+        watch.stopped = None if start is None else watch.enough(start)
+        if start is not None and watch.stopped is not None:
             trainer.take_up(start)
             watch.on_train_begin(arguments, trainer.state, trainer.control)
         else:

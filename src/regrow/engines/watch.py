@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from regrow.engines.loop import Loop
 from regrow.engines.resume import mark_complete, newest
@@ -39,9 +41,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """A resumed run takes back the record of its checkpoint and forgets what came after."""
-        self.records = [{k: v for k, v in x.items() if k != "epoch"} for x in state.log_history if "tokens" in x]
+        self.records = _taken_back(state)
         if state.is_world_process_zero:
-            self.track.write_text("".join(map(_line, self.records)), encoding="utf-8")
+            self.track.write_text("".join(map(line, self.records)), encoding="utf-8")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:  # noqa: ARG002
         means = self.trainer.step_means()
@@ -83,31 +85,46 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            self.trainer.save_beside(checkpoint)
+            with self.trainer.room():
+                self.trainer.save_beside(checkpoint)
             mark_complete(checkpoint)
 
     def _judge(self, state: Any, control: Any) -> None:
         """Keeps the state with the lowest held-out loss, and stops when it has not been beaten for long enough."""
         assert self.settings.patience is not None
-        held = [record["heldout_loss"] for record in self.records if "heldout_loss" in record]
-        best = held.index(min(held))
-        waited = len(held) - 1 - best
+        best, lowest, waited = self._waiting(self.records, state)
+        if best != state.global_step and not waited:
+            return  # stopped between two evaluations; the run that goes on judges as if it had not been
         if not waited:
-            state.best_global_step, state.best_metric = state.global_step, held[best]
+            state.best_global_step, state.best_metric = state.global_step, lowest
             control.should_save = True
         elif waited >= self.settings.patience and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
-            self.stopped = (
-                f"held-out loss was lowest ({held[best]:.3f}) after step {state.best_global_step}, "
-                f"and not in {waited} evaluations since"
-            )
+            self.stopped = _waited(best, lowest, waited)
 
-    def was_enough(self, checkpoint: Path) -> bool:
-        """Whether a run that has come so far has nothing left to do in this call."""
-        step = int(checkpoint.name.rpartition("-")[2])
-        return (
-            self.settings.until is not None and step * self.settings.batch * self.trainer.block >= self.settings.until
-        )
+    def enough(self, checkpoint: Path) -> str | None:
+        """Why a run that has come as far as `checkpoint` has nothing left to do in this call; None where it has."""
+        settings, state = self.settings, TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step >= state.max_steps:
+            return None
+        best, lowest, waited = self._waiting(_taken_back(state), state)
+        if settings.patience is not None and waited >= settings.patience:
+            return _waited(best, lowest, waited)
+        tokens = state.global_step * settings.batch * self.trainer.block
+        enough = settings.until is not None and tokens >= settings.until
+        return f"{tokens:,} tokens were seen after step {state.global_step} of {state.max_steps}" if enough else None
+
+    def _waiting(self, records: Sequence[Mapping[str, float]], state: TrainerState) -> tuple[int, float, int]:
+        """The step whose held-out loss is lowest, that loss, and how many evaluations there were since.
+
+        What was measured because a call ended is no evaluation: one that goes on would judge by more than a whole run.
+        """
+        every, last = self.settings.evaluate_every, state.max_steps
+        held = [x for x in records if "heldout_loss" in x and (x["step"] % every == 0 or x["step"] == last)]
+        if not held:
+            return 0, math.inf, 0
+        place = min(range(len(held)), key=lambda i: held[i]["heldout_loss"])
+        return int(held[place]["step"]), held[place]["heldout_loss"], len(held) - 1 - place
 
     def _enough(self, step: int) -> str | None:
         """Why this call ends before its last step."""
@@ -141,7 +158,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.trainer.log(dict(record))
         if write:
             with self.track.open("a") as file:
-                file.write(_line(record))
+                file.write(line(record))
 
     def _broken(self, done: int, what: str) -> BrokenModel:
         good = newest(self.track.parent)
@@ -154,5 +171,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         )
 
 
-def _line(record: Mapping[str, float]) -> str:
+def _taken_back(state: TrainerState) -> list[dict[str, float]]:
+    """Our records among all that the trainer has logged."""
+    return [{k: v for k, v in x.items() if k != "epoch"} for x in state.log_history if "tokens" in x]
+
+
+def _waited(best: int, lowest: float, waited: int) -> str:
+    return f"held-out loss was lowest ({lowest:.3f}) after step {best}, and not in {waited} evaluations since"
+
+
+def line(record: Mapping[str, float]) -> str:
+    """As it stands in `TRACK`."""
     return json.dumps(record, sort_keys=True) + "\n"

@@ -75,8 +75,11 @@ def as_dtype(name: str) -> torch.dtype:
 
 
 def pick_device(name: str) -> str:
-    """The device meant by `name`, tried with an empty tensor. Raises `SettingsError` when there is none such."""
-    if name != "auto":
+    """The device meant by `name`, tried with an empty tensor. Raises `SettingsError` when there is none such.
+
+    Of several processes each has its own GPU, whether "auto" or "cuda" was said.
+    """
+    if name != "auto" and not (name == "cuda" and processes.count() > 1 and torch.cuda.is_available()):
         try:
             return str(torch.empty(0, device=name).device)
         except (RuntimeError, AssertionError, ImportError) as error:

@@ -79,6 +79,7 @@ def recover(
     before = _before(subject, teacher)  # a teacher that learns too is given adapters
     held = None if heldout is None else as_packed(heldout, "held-out text")
     lesson = _Lesson(next_token, as_packed(blocks), held, as_train(settings, seed))
+    chosen = cut_and_norms(model, before) if settings.method == "cut" else None
     if teacher is not None:
         lesson = _taught(subject, teacher, lesson, settings, folder, progress)
     empty = masks.masks_of(model, subject.anatomy)
@@ -88,7 +89,6 @@ def recover(
         kind, alpha = settings.method.removesuffix("-masked"), settings.alpha
         assert alpha is not None  # twice the rank where none was named
         model = add_adapters(model, kind, rank=settings.rank, alpha=alpha, dropout=settings.dropout or 0.0, seed=seed)
-    chosen = cut_and_norms(model, before) if settings.method == "cut" else None
     with zeros, only(model, chosen):
         result = train(
             model,
@@ -154,7 +154,8 @@ def _corrected(teacher: Any, lesson: _Lesson, settings: Recover, folder: Path, p
     """The teacher is trained on the lesson's text, or was before."""
     asked = settings.distil
     peak = (settings.learning_rate if settings.method in WHOLE else None) or RATES["full"]
-    own = {"tokens": asked.teacher_tokens, "learning_rate": asked.teacher_share * peak, "patience": None}
+    whole = dict.fromkeys(("patience", "until"))  # it learns all of it
+    own = {"tokens": asked.teacher_tokens, "learning_rate": asked.teacher_share * peak, **whole}
     numbers = as_train(settings.model_copy(update={**own, "report_to": ()}), lesson.numbers.seed)
     made_by = {"teacher": weights_fingerprint(teacher), "text": _text_of(lesson.text), "numbers": numbers.decisive()}
     found = correct(
@@ -224,6 +225,11 @@ def check_lesson(settings: Recover) -> None:
             f"recover.distil.{what} and states",
             "one of them: states need the teacher itself while the student learns",
         )
+    elif pairs and (settings.mixture or settings.balance == "dynamic"):
+        what = "recover.mixture" if settings.mixture else "balance: dynamic"
+        why = f"recover.distil.preferences and {what}", "one text, whose blocks models go on from"
+    elif asked.on_policy and settings.learn != "all":
+        why = "recover.distil.on_policy and learn: answers", "learn: all; what the student writes is learnt whole"
     elif pairs and kept:
         why = "recover.distil.preferences and cache", "one of them: preferences need no predictions"
     elif pairs and (asked.text or settings.learn != "all"):
