@@ -487,6 +487,47 @@ def test_heads_of_a_sparse_model_are_not_merged(
         walk(asked, tmp_path / "out")
 
 
+def test_what_reads_the_cut_units_is_refitted(recipe: Make, tmp_path: Path) -> None:
+    """Nothing else differs, the report says by how much errors fell, and the loss is nearer to the dense one."""
+    quick = {"text": "demo", "max_tokens": 2048, "seqlen": 128, "speed": False, "samples": []}
+    asked: dict[str, Any] = {"axes": ["head", "neuron"], "criterion": "magnitude", "keep": "75%", "evaluate": quick}
+    plain = walk(recipe(**asked), tmp_path / "plain")
+    report = walk(recipe(**asked, refit={"tokens": 4096}), tmp_path / "refitted")
+    ours, theirs = (checkpoint.read(tmp_path / name)[0].state_dict() for name in ("refitted", "plain"))
+    other = {
+        name.partition("layers.")[2].partition(".")[2] for name in ours if not torch.equal(ours[name], theirs[name])
+    }
+    assert other == {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    assert report.stages["refit"]["tokens"] == 4096
+    note = next(note for note in report.notes if "refitted on 4,096 tokens" in note)
+    before, after = map(float, re.findall(r"[01]\.\d+", note))
+    assert after < before
+    losses = [[m.value for name, m in found.after.items() if name.endswith("perplexity")] for found in (report, plain)]
+    assert losses[0][0] < losses[1][0]
+    assert report.made_by["refit"] == {"tokens": 4096, "damping": 0.03}
+
+
+def test_where_nothing_can_be_refitted(
+    recipe: Make, tmp_path: Path, sprout_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import regrow
+
+    quiet = {"text": None, "samples": []}
+    regrow.sparsify(str(sprout_dir), tmp_path / "sparse", pattern="50%", criterion="magnitude", evaluate=quiet)
+    forbid(monkeypatch, "score", "calibration")
+    with pytest.raises(SettingsError, match="refit of a sparse model"):
+        walk(recipe(model=str(tmp_path / "sparse"), refit={}), tmp_path / "out")
+    heads = {"axes": ["head", "neuron"], "uniform": True, "split": {"head": 1, "neuron": 0.2}, "keep": "85%"}
+    with pytest.raises(SettingsError, match="refit and merge_heads"):
+        walk(recipe(**heads, merge_heads="laco", refit={}), tmp_path / "out")
+
+
+def test_a_dry_run_counts_what_is_refitted(recipe: Make) -> None:
+    rows = [row["stage"] for row in dry_run(recipe(refit={"tokens": 2048}), gflops=1.0)["stages"]]
+    assert rows[rows.index("refit") + 1] == "cut and write"
+    assert "refit" not in [row["stage"] for row in dry_run(recipe(), gflops=1.0)["stages"]]
+
+
 def test_heads_that_cannot_be_merged_are_found_before_the_scores(recipe: Make) -> None:
     """Whatever the scores: one of three stays in the layers that the spread does not protect."""
     model = make("llama", num_hidden_layers=6, num_key_value_heads=2)

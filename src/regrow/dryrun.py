@@ -162,8 +162,19 @@ def cut_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, cut: Costs, gflops:
             (copies + (recipe.stages > 1)) * 4 * dense.parameters + asked.block * logits,
             gflops,
         ),
+        *refit_rows(recipe, anatomy, dense, gflops),
         _row("cut and write", 0, 0, 4 * dense.parameters + anatomy.store_bytes * cut.parameters, gflops),
     ]
+
+
+def refit_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -> list[dict[str, Any]]:
+    """Three passes, and Gram matrices of what the MLP's last linear reads, which is the widest."""
+    if recipe.refit is None:
+        return []
+    tokens, layers, width, most = (recipe.refit.tokens, *(anatomy.sizes[letter] for letter in "LCF"))
+    held = 4 * (dense.parameters + tokens * width + 3 * most**2)
+    flops, solving = 3 * dense.flops_per_token + 2 * layers * most**2, layers * (most**3 + 4 * width * most**2)
+    return [_row("refit", tokens, flops, held, gflops, solving)]
 
 
 def asking_rows(recipe: Recipe, anatomy: Anatomy, shape: Shape, gflops: float) -> list[dict[str, Any]]:

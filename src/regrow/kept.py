@@ -25,14 +25,14 @@ from regrow.stages.score import reads_text, score
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
-def calibration(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
-    """The calibration blocks of a recipe: seeded, from the calibration part of its text only."""
+def calibration(subject: Subject, recipe: Recipe, count: int | None = None) -> Tensor:  # (n, T) int64
+    """The calibration blocks of a recipe: seeded, from the calibration part of its text only; of `count` tokens."""
     asked = recipe.calibration
     return tokens.blocks(
         documents(asked.text, "calibration"),
         subject.tokenizer,
         block=asked.block,
-        tokens=asked.tokens,
+        tokens=asked.tokens if count is None else count,
         seed=recipe.seed,
     )
 

@@ -14,6 +14,7 @@ from regrow.artifacts.shape import Anatomy, count, gone, tensor_size
 from regrow.engines import checkpoint, spp_forward, zeros
 from regrow.engines.bind import Subject
 from regrow.engines.match import Match, check_depths, check_heads
+from regrow.engines.refit import check_refit
 from regrow.errors import RegrowWarning, SettingsError
 from regrow.settings import Recipe
 
@@ -21,6 +22,8 @@ from regrow.settings import Recipe
 def check_planned(subject: Subject, plan: Plan, recipe: Recipe) -> None:
     """Refuse a rank of SPP that does not divide the outputs which a cut leaves, places of states in layers which it
     does not, and to train what was cut where nothing is narrower; warn of a smaller teacher. Raises `SettingsError`."""
+    if recipe.refit is not None:
+        check_refit(subject.anatomy, plan)
     asked = recipe.recover
     if asked is None or not asked.tokens:
         return

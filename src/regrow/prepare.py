@@ -177,11 +177,20 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
 
 
 def check_steps(subject: Subject, recipe: Recipe, wish: Wish) -> None:
-    """Refuse steps that lead nowhere whatever the scores, merging where fewer heads stay than go, and merging in a
-    sparse model. Raises `SettingsError`, `BudgetError`."""
+    """Refuse steps that lead nowhere whatever the scores, merging where fewer heads stay than go, and merging and
+    refitting in a sparse model. Raises `SettingsError`, `BudgetError`."""
     if recipe.search is None and (recipe.stages > 1 or wish.merge != "off"):
         foretold_plan(subject.model.config, subject.anatomy, wish, recipe.stages)
-    if wish.merge != "off" and zeros.of_model(subject.model, subject.anatomy, None).sparse:
+    if recipe.refit is not None and wish.merge != "off":
+        raise SettingsError(
+            f"refit and merge_heads = {wish.merge}", "one of them: what is merged is read otherwise", "leave one out"
+        )
+    sparse = zeros.of_model(subject.model, subject.anatomy, None).sparse
+    if recipe.refit is not None and sparse:
+        raise SettingsError(
+            "refit of a sparse model, whose zeros it would fill", "a dense model", "cut first, sparsify then"
+        )
+    if wish.merge != "off" and sparse:
         raise SettingsError(
             f"merge_heads = {wish.merge} of a sparse model, whose zeros it would fill",
             "a dense model",
@@ -328,7 +337,7 @@ def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, s
 
 def calibrates(recipe: Recipe) -> bool:
     """Whether any stage reads the calibration text."""
-    scores = recipe.cuts and reads_text(chosen_criteria(recipe))
+    scores = recipe.cuts and (recipe.refit is not None or reads_text(chosen_criteria(recipe)))
     return scores or (recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify))
 
 

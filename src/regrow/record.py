@@ -1,4 +1,4 @@
-"""What a run writes down of a model: where it is from, and where its zeros lie.
+"""What a run writes down of a model: where it is from, how it was made, and where its zeros lie.
 
 What this gives up: anything about numbers that are measured; those are the report's own.
 """
@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from regrow.artifacts.pattern import Pattern
+from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Measure
+from regrow.artifacts.shape import loss_by_axis
+from regrow.artifacts.space import said as said_widths
 from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import provenance
 from regrow.engines.bind import Subject
@@ -101,3 +104,23 @@ def _pattern(before: Mapping[str, Any], kept: Sparsity) -> str | None:
         return known  # whatever it is, spreads and layers that were left dense among it
     whole = known is not None and kept.share >= before["share"] and (":" not in known or kept.groups == known)
     return known if whole else kept.groups
+
+
+STRUCTURED = {
+    "keep", "shape", "search", "axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform",
+    "divisors", "rescale_norms", "merge_heads", "stages", "protect", "refit",
+}  # fmt: skip
+"""Keys of a recipe that say nothing when no unit goes."""
+
+
+def made_by(recipe: Recipe, subject: Subject, plan: Plan) -> dict[str, Any]:
+    """The recipe as it was run, with what was asked in words and what each axis really lost."""
+    if recipe.cuts:
+        split = loss_by_axis(subject.anatomy, plan.shape())
+        budget = recipe.keep or said_widths(recipe.shape)
+        said = {**recipe.model_dump(mode="json"), "budget": budget, "split_realised": split}
+    else:
+        said = recipe.model_dump(mode="json", exclude=STRUCTURED)
+        asked = recipe.sparsify
+        said["budget"] = None if asked is None else str(Pattern.parse(asked.pattern))
+    return {**said, "recipe": recipe.name}

@@ -12,23 +12,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from regrow import cache
-from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Measure, Report
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import Anatomy, loss_by_axis
-from regrow.artifacts.space import said as said_widths
+from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import checkpoint, processes, products
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
 from regrow.engines.hetero import Holder, holder
+from regrow.engines.refit import refit, said
 from regrow.engines.resume import weights_fingerprint
 from regrow.engines.texts import fingerprint, unanswered
 from regrow.engines.trackers import keep_runs
@@ -49,7 +49,7 @@ from regrow.prepare import (
     with_method,
 )
 from regrow.recipe_files import dump
-from regrow.record import by_layer, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
+from regrow.record import by_layer, made_by, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
 from regrow.recovery import Recover
 from regrow.references import notes_of_text, with_references
 from regrow.search import Chosen, check_search, depths, search
@@ -96,8 +96,9 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         before, said = measured(subject, recipe, record, progress) if processes.first() else ({}, [])
     done, aimed = _Done(holder(subject.model.config, subject.anatomy, plan)), with_references(recipe, subject)
     if wish is not None:
+        notes = _refitted(subject, recipe, plan, clock, progress)
         with clock.stage("apply"):
-            done = _cut(subject, plan, wish, chosen)
+            done = _cut(subject, plan, wish, chosen, notes)
     if recipe.sparsify is not None:
         with clock.stage("sparsify") as record:
             done = _sparse(subject, recipe, done.holder, record, progress)
@@ -117,7 +118,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     after = sizes(subject.anatomy, plan.shape()) | sparse_sizes(subject, kept) | after
     report = Report(
         model=origin_of(subject, done.holder),
-        made_by=_made_by(recipe, subject, plan),
+        made_by=made_by(recipe, subject, plan),
         shape={"before": subject.anatomy.dense.to_json(), "after": plan.shape().to_json()},
         before=before,
         after=after,
@@ -249,10 +250,28 @@ def _warned(subject: Subject, recipe: Recipe, done: _Done) -> _Done:
     return replace(done, notes=(*done.notes, said))
 
 
-def _cut(subject: Subject, plan: Plan, wish: Wish, chosen: Chosen | None) -> _Done:
+def _refitted(
+    subject: Subject, recipe: Recipe, plan: Plan, clock: _Clock, progress: Progress | None
+) -> tuple[str, ...]:
+    """Mend what will read fewer units, where that is asked; what is to be known of it."""
+    if recipe.refit is None:
+        return ()
+    blocks, say = calibration(subject, recipe, recipe.refit.tokens), None
+    if progress is not None:
+        say = partial(progress, "refit")
+    with clock.stage("refit", tokens=blocks.numel()):
+        return said(refit(subject.model, subject.anatomy, plan, blocks, damping=recipe.refit.damping, progress=say))
+
+
+def _cut(subject: Subject, plan: Plan, wish: Wish, chosen: Chosen | None, refitted: Sequence[str]) -> _Done:
     cut = apply(subject, plan)
     found = () if chosen is None else chosen.notes
-    notes = [cut.holder.note, *found, f"masked and sliced logits differ by {cut.difference:.0e} of their scale"]
+    notes = [
+        cut.holder.note,
+        *found,
+        *refitted,
+        f"masked and sliced logits differ by {cut.difference:.0e} of their scale",
+    ]
     lost = " and ".join(f"{unit}s" for unit in unprotected(subject.anatomy, plan, wish))
     if lost:
         notes.append(f"the budget is too small to leave the end layers whole: they lost {lost} too")
@@ -287,25 +306,6 @@ def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
     if blocks.numel() > asked.tokens - asked.block:
         return ()
     return (f"the text's calibration part filled {blocks.numel():,} of the {asked.tokens:,} tokens asked for",)
-
-
-STRUCTURED = {
-    "keep", "shape", "search", "axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform",
-    "divisors", "rescale_norms", "merge_heads", "stages", "protect",
-}  # fmt: skip
-"""Keys of a recipe that say nothing when no unit goes."""
-
-
-def _made_by(recipe: Recipe, subject: Subject, plan: Plan) -> dict[str, Any]:
-    if recipe.cuts:
-        split = loss_by_axis(subject.anatomy, plan.shape())
-        budget = recipe.keep or said_widths(recipe.shape)
-        said = {**recipe.model_dump(mode="json"), "budget": budget, "split_realised": split}
-    else:
-        said = recipe.model_dump(mode="json", exclude=STRUCTURED)
-        asked = recipe.sparsify
-        said["budget"] = None if asked is None else str(Pattern.parse(asked.pattern))
-    return {**said, "recipe": recipe.name}
 
 
 def measured(

@@ -34,6 +34,21 @@ class Calibration(Part):
     block: int = Field(default=128, ge=8, description="tokens in a sequence")
 
 
+class Refit(Part):
+    """Least squares behind a cut: linears that lose inputs are fitted anew on those that stay.
+
+    Read from the text and in the blocks of `calibration`.
+    """
+
+    tokens: int = Field(default=16_384, ge=1, description="how many tokens are read; several for each input")
+    damping: float = Field(
+        default=0.03,
+        ge=0,
+        allow_inf_nan=False,
+        description="what is added to the inputs' Gram matrix, as a share of its mean diagonal",
+    )
+
+
 class Sparsify(Part):
     """Zeros in the weight matrices of the decoder layers; shapes stay. A recipe has `keep: null` then."""
 
@@ -183,6 +198,10 @@ class Recipe(Part):
         description="equal steps that the cut takes, scored anew before each; more than one when uniform",
     )
     calibration: Calibration = Field(default=Calibration(), description="text that scores are measured on")
+    refit: Refit | None = Field(
+        default=None,
+        description="fit what reads the cut attention and MLP anew by least squares; null = leave it as it is",
+    )
     shape: dict[Axis, Step] = Field(
         default_factory=dict, description="exact widths instead of a budget, a layer's (heads: a group's)"
     )
@@ -212,6 +231,7 @@ class Recipe(Part):
 
 PARTS: dict[str, type[Part]] = {
     "calibration": Calibration,
+    "refit": Refit,
     "search": Search,
     "sparsify": Sparsify,
     "recover": Recover,

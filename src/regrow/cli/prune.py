@@ -31,6 +31,9 @@ def prune(
     reduce: Annotated[
         str | None, typer.Option(help="how tensors of a unit add up: sum, mean, max, prod, first")
     ] = None,
+    refit: Annotated[
+        int | None, typer.Option(help="tokens to fit what reads the cut units anew by least squares; 16384 is a start")
+    ] = None,
     calibration: o.Calibration = None,
     calibration_tokens: o.CalibrationTokens = None,
     calibration_block: o.CalibrationBlock = None,
@@ -64,6 +67,7 @@ def prune(
         "divisors": o.numbers(divisors, "divisor") or None,
         "rescale_norms": rescale_norms,
         "reduce": reduce,
+        "refit": None if refit is None else {"tokens": refit},
         "calibration": present(text=calibration, tokens=calibration_tokens, block=calibration_block),
         "evaluate": present(tasks=o.names(tasks), limit=limit, speed=speed) | measured_text(text),
         "seed": seed,

@@ -71,6 +71,15 @@ def layer_arguments(
     return streams[0], calls
 
 
+def enter(model: Any, layers: list[nn.Module], blocks: Tensor) -> tuple[Tensor, list[Any]]:
+    """The stream (n, T, d) that enters the first block, and each block's other arguments for one sequence."""
+    first, calls = layer_arguments(model, layers, blocks[:1].to(model.device))
+    stream = torch.empty(len(blocks), *first.shape[1:], dtype=first.dtype, device=first.device)
+    for i, ids in enumerate(torch.split(blocks, 1)):
+        stream[i : i + 1], _ = layer_arguments(model, layers, ids.to(model.device))
+    return stream, calls
+
+
 @contextmanager
 def _stubs(
     layers: list[nn.Module], calls: list[tuple[tuple[Any, ...], dict[str, Any]]], streams: list[Tensor]

@@ -22,7 +22,7 @@ from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.weight_sight import WeightCriterion, WeightSight
 from regrow.engines.inputs import Matrix, Observer, Reading, matrices, named, outside
 from regrow.engines.readings import Readings
-from regrow.engines.removal import layer_arguments, run_layer
+from regrow.engines.removal import enter, run_layer
 from regrow.engines.room import give_back
 from regrow.engines.walk import check_finite
 from regrow.errors import BrokenModel
@@ -111,7 +111,7 @@ def sparsify(
     routed = method.criterion.sees == "routed"
     read = blocks is not None and method.sees != "nothing"
     ready = kept if read and kept is not None and kept.holds(method.sees, routed) else None
-    stream, calls = (None, []) if blocks is None or not read or ready else _enter(model, layers, blocks)
+    stream, calls = (None, []) if blocks is None or not read or ready else enter(model, layers, blocks)
     dense = stream.clone() if stream is not None and method.mends else None
     for i, layer in enumerate(layers):
         readings = {} if ready is None else ready.load(i, method.sees, routed, model.device)
@@ -156,7 +156,7 @@ def layer_values(
     """
     layers = list(model.get_submodule(anatomy.family.layers).children())
     ready = kept if kept is not None and kept.holds("inputs", False) else None
-    stream, calls = (None, []) if ready else _enter(model, layers, blocks)
+    stream, calls = (None, []) if ready else enter(model, layers, blocks)
     found = []
     for i, layer in enumerate(layers):
         readings = {} if ready is None else ready.load(i, "inputs", False, model.device)
@@ -178,15 +178,6 @@ def layer_values(
 def _scores(seen: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
     """Wanda's, of weights (m, n) and the norms (n,) of what they meet."""
     return (weight.abs().float() * norm for weight, norm in seen)
-
-
-def _enter(model: Any, layers: list[nn.Module], blocks: Tensor) -> tuple[Tensor, list[Any]]:
-    """The stream (n, T, d) that enters the first block, and each block's other arguments for one sequence."""
-    first, calls = layer_arguments(model, layers, blocks[:1].to(model.device))
-    stream = torch.empty(len(blocks), *first.shape[1:], dtype=first.dtype, device=first.device)
-    for i, ids in enumerate(torch.split(blocks, 1)):
-        stream[i : i + 1], _ = layer_arguments(model, layers, ids.to(model.device))
-    return stream, calls
 
 
 def _read(layer: nn.Module, stream: Tensor, dense: Tensor | None, call: Any, observer: Observer, *, keep: bool) -> None:
