@@ -5,9 +5,10 @@
 Start: Taylor (second order), neurons, ends kept whole; 4,096 calibration tokens, seed 0: the cut with the lowest loss
 on held-out demo text among those of `bench/defaults.py`. All weights are trained on demo text, 1,024 tokens a step;
 warm-up, a constant rate, and a decay over the last fifth, so one run of 400k tokens passes all marks; those before its
-end are not decayed. Another run decays at 200k. Each arm tries the same three rates for 50k tokens and goes on with the
-one whose rounded model has the lowest loss on held-out demo text. Perplexity: first 20,480 tokens of the text, blocks
-of 2048. Tasks: the same first items each. It can be stopped at any time, and several processes may work on it.
+end are not decayed. Others decay at 200k: from the cut, and from the cut with what reads its neurons refitted. Each arm
+tries the same three rates for 50k tokens and goes on with the one whose rounded model has the lowest loss on held-out
+demo text. Perplexity: first 20,480 tokens of the text, blocks of 2048. Tasks: the same first items each. It can be
+stopped at any time, and several processes may work on it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from answering import TASKS, answered
+from criteria import BLOCK as BLOCK_OF_SCORES
 from criteria import scores
+from cutting import calibration
 from ledger import Job, Ledger
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.goal import DIVERGENCES
@@ -35,11 +38,13 @@ from regrow.engines.checkpoint import round_to
 from regrow.engines.distil import FromTeacher
 from regrow.engines.objective import Loss, next_token
 from regrow.engines.perplexity import block_losses
+from regrow.engines.refit import refit
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks, text_blocks
 from regrow.engines.train import train
 from regrow.engines.train_settings import TrainSettings
 from regrow.errors import BrokenModel
+from regrow.settings import Refit
 from regrow.stages.apply import apply
 from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan
@@ -49,7 +54,7 @@ STEP = BLOCK * BATCH  # tokens
 MARKS = TRIAL, _, SHORT, LONG = tuple(steps * STEP for steps in (49, 98, 196, 392))
 WARMUP = 12  # steps
 RATES = (1e-4, 3e-4, 1e-3)
-ARMS = ("forward-kl", "next-token")
+ARMS = {"forward-kl": "start", "next-token": "start", "forward-kl, refitted": "refitted"}  # and what each begins with
 ITEMS = 500
 
 
@@ -85,15 +90,16 @@ class Bench:
 
     def jobs(self) -> list[Job]:
         """In the order of their worth."""
-        first, second = ARMS
+        first, second, third = ARMS
         return [
-            *(self.ledger.job(name, partial(self.measured, name)) for name in ("dense", "start")),
+            *(self.ledger.job(name, partial(self.measured, name)) for name in ("dense", "start", "refitted")),
             *(self.trained(arm, rate, TRIAL) for arm in ARMS for rate in RATES),
             self.trained(first, None, LONG),
             self.trained(second, None, LONG),
             self.trained(first, None, SHORT),
+            self.trained(third, None, SHORT),
             *(self.answers(name, task) for name in ("dense", "start") for task in TASKS),
-            *(self.answers(f"{arm} at {LONG} of {LONG}", task) for arm in ARMS for task in TASKS),
+            *(self.answers(f"{arm} at {LONG} of {LONG}", task) for arm in (first, second) for task in TASKS),
         ]
 
     def measured(self, name: str) -> dict[str, float]:
@@ -114,7 +120,7 @@ class Bench:
             return f"{arm} at {tokens} of {tokens}" in self.rows
 
         def ready() -> bool:
-            return "start" in self.rows and (rate is not None or self.settled(arm))
+            return ARMS[arm] in self.rows and (rate is not None or self.settled(arm))
 
         name = f"{arm} rate {rate or 'chosen'} for {tokens}"
         return Job(name, done, lambda: self.reach(arm, rate, tokens), ready)
@@ -129,8 +135,8 @@ class Bench:
         """Train, measuring at every mark; a trial is the beginning of the long run."""
         whole = LONG if trial is not None else tokens
         rate = self.rate(arm) if trial is None else trial
-        student = subject("start")
-        loss: Loss = FromTeacher(load("demo").model, DIVERGENCES.get(arm)) if arm != "next-token" else next_token
+        student, goal = subject(ARMS[arm]), arm.partition(",")[0]
+        loss: Loss = next_token if goal == "next-token" else FromTeacher(load("demo").model, DIVERGENCES.get(goal))
 
         def row(key: str, measure: Callable[[Any], dict[str, Any]]) -> None:
             if key not in self.rows:
@@ -174,13 +180,18 @@ def place(name: str) -> Path:
 
 
 def subject(name: str) -> Subject:
-    """The dense model, its cut, or what a training has left of that."""
+    """The dense model, its cut, plain or refitted, or what a training has left of that."""
     found = load("demo")
     if name == "dense":
         return found
     wish = Wish(budget=Budget.parse("80%"), axes=("neuron",), spread="ends")
-    apply(found, make_plan(found.anatomy, scores(found, "taylor-second", 0), wish))
-    if name == "start" and not place(name).exists():
+    plan = make_plan(found.anatomy, scores(found, "taylor-second", 0), wish)
+    if name == "refitted" and not place(name).exists():
+        asked = Refit()
+        text = calibration(found, tokens=asked.tokens, block=BLOCK_OF_SCORES, seed=0)
+        refit(found.model, found.anatomy, plan, text, damping=asked.damping)
+    apply(found, plan)
+    if name in ARMS.values() and not place(name).exists():
         keep(found.model, name)
     tensors = load_file(place(name))
     with torch.no_grad():

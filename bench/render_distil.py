@@ -51,9 +51,13 @@ def regrown(data: dict[str, Any]) -> str:
     marks.sort(
         key=lambda line: (line[0], int(line[2].split()[2].replace(",", "")), int(line[2].split()[0].replace(",", "")))
     )
-    start = rows["start"]
-    cut = ["as cut", "-", "0", f"{start['perplexity']:.2f}", f"{start['perplexity'] / dense['perplexity']:.2f}"]
-    body = [[*cut, f"{start['heldout']:.3f}"], *marks]
+    starts = [
+        [what, "-", "0", f"{row['perplexity']:.2f}", f"{row['perplexity'] / dense['perplexity']:.2f}"]
+        + [f"{row['heldout']:.3f}"]
+        for what, row in (("as cut", rows["start"]), ("as cut, refitted", rows.get("refitted")))
+        if row
+    ]
+    body = [*starts, *marks]
     heads = ["goal", "rate", "tokens", "perplexity", "of dense", f"held-out loss (dense {dense['heldout']:.3f})"]
     trials = [
         [key.partition(" rate ")[0], f"{row['rate']:g}", f"{row['heldout']:.3f}" if "heldout" in row else "broke"]
