@@ -128,10 +128,10 @@ def refitted(data: dict[str, Any]) -> str:
     """What was tried on held-out text, then what the defaults win on the evaluation text."""
     rows, asked = data["rows"], data["settings"]
     about = (
-        f"Perplexity at {asked['keep']} of the decoder weights, no training, as cut and with what reads the cut heads and "
-        f"neurons fitted anew on {asked['defaults']['tokens']:,} tokens of calibration text, damped by "
-        f"{asked['defaults']['damping']:g}; ends kept whole; dense {rows['dense']['perplexity']:.2f}. Error: relative, of "
-        "the outputs of those linears on that text, mean.\n\n"
+        f"Perplexity at {asked['keep']} of the decoder weights, no training, as cut and with what reads the cut "
+        f"heads and neurons fitted anew on {asked['defaults']['tokens']:,} tokens of calibration text, damped by "
+        f"{asked['defaults']['damping']:g}; ends kept whole; dense {rows['dense']['perplexity']:.2f}. Error: "
+        "relative, of the outputs of those linears on that text, mean.\n\n"
     )
     gains = []
     for name in dict.fromkeys(key.partition(" seed ")[0] for key in rows if " seed " in key):

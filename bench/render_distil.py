@@ -25,6 +25,11 @@ def steps(data: dict[str, Any]) -> str:
     return about + ratios(data)
 
 
+def reached(row: Row, dense: Row) -> list[str]:
+    """Perplexity, over the dense model's, and the loss on held-out text."""
+    return [f"{row['perplexity']:.2f}", f"{row['perplexity'] / dense['perplexity']:.2f}", f"{row['heldout']:.3f}"]
+
+
 def regrown(data: dict[str, Any]) -> str:
     """Perplexity on the way, then tasks."""
     rows, asked = data["rows"], data["settings"]
@@ -41,9 +46,7 @@ def regrown(data: dict[str, Any]) -> str:
             key.partition(" at ")[0],
             f"{row['rate']:g}",
             f"{int(key.split()[-3]):,} of {int(key.split()[-1]):,}",
-            f"{row['perplexity']:.2f}",
-            f"{row['perplexity'] / dense['perplexity']:.2f}",
-            f"{row['heldout']:.3f}",
+            *reached(row, dense),
         ]
         for key, row in rows.items()
         if " at " in key and "perplexity" in row
@@ -51,12 +54,8 @@ def regrown(data: dict[str, Any]) -> str:
     marks.sort(
         key=lambda line: (line[0], int(line[2].split()[2].replace(",", "")), int(line[2].split()[0].replace(",", "")))
     )
-    starts = [
-        [what, "-", "0", f"{row['perplexity']:.2f}", f"{row['perplexity'] / dense['perplexity']:.2f}"]
-        + [f"{row['heldout']:.3f}"]
-        for what, row in (("as cut", rows["start"]), ("as cut, refitted", rows.get("refitted")))
-        if row
-    ]
+    begun = {"as cut": rows["start"], "as cut, refitted": rows.get("refitted")}
+    starts = [[what, "-", "0", *reached(row, dense)] for what, row in begun.items() if row]
     body = [*starts, *marks]
     heads = ["goal", "rate", "tokens", "perplexity", "of dense", f"held-out loss (dense {dense['heldout']:.3f})"]
     trials = [
