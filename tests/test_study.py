@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from regrow import study as studies
-from regrow.errors import BrokenModel, SettingsError
-from regrow.study import Beat, Point, Study, key
+from regrow.errors import BrokenModel, OutputError, SettingsError
+from regrow.study import Point, Study, key
 
 POINTS = [{"layer": layers, "neuron": 8 * layers} for layers in (1, 2, 3)]
 
@@ -32,8 +32,7 @@ class Worker:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def __call__(self, point: Point, beat: Beat) -> dict[str, Any]:
-        beat()
+    def __call__(self, point: Point) -> dict[str, Any]:
         self.seen.append(key(point))
         return {"loss": float(point["layer"]), "note": "measured"}
 
@@ -56,9 +55,9 @@ def test_two_share_the_work(storage: str) -> None:
     workers, results = [Worker(), Worker()], []
 
     def run(worker: Worker) -> None:
-        def slow(point: Point, beat: Beat) -> dict[str, Any]:
+        def slow(point: Point) -> dict[str, Any]:
             time.sleep(0.05)
-            return worker(point, beat)
+            return worker(point)
 
         results.append(Study(storage, "a").measure(POINTS * 2, slow))
 
@@ -74,7 +73,7 @@ def test_two_share_the_work(storage: str) -> None:
 
 
 def test_what_breaks_is_kept_with_its_reason(storage: str) -> None:
-    def work(point: Point, _: Beat) -> dict[str, Any]:
+    def work(point: Point) -> dict[str, Any]:
         if point["layer"] == 2:
             raise BrokenModel("NaN", "numbers", "look")
         return {"loss": 1.0}
@@ -85,7 +84,7 @@ def test_what_breaks_is_kept_with_its_reason(storage: str) -> None:
 
 
 def test_an_interruption_loses_nothing(storage: str) -> None:
-    def torn(point: Point, _: Beat) -> dict[str, Any]:
+    def torn(point: Point) -> dict[str, Any]:
         if point["layer"] == 2:
             raise KeyboardInterrupt
         return {"loss": 1.0}
@@ -97,23 +96,131 @@ def test_an_interruption_loses_nothing(storage: str) -> None:
     assert sorted(worker.seen) == [key(point) for point in POINTS[1:]]
 
 
+PROCESS = """
+import pathlib, sys, time
+from regrow import study
+
+study.WAIT = 0.02
+storage, seen, when = sys.argv[1:]
+time.sleep(max(0, float(when) - time.time()))
+
+def work(point):
+    with open(seen, "a") as file:
+        file.write(f"{study.key(point)}\\n")
+    time.sleep(0.02)
+    return {"loss": float(point["layer"])}
+
+found = study.Study(storage, "a").measure([{"layer": n} for n in range(8)], work)
+assert [row["loss"] for row in found] == list(range(8)), found
+"""
+
+
+def test_processes_share_a_fresh_storage(storage: str, tmp_path: Path) -> None:
+    """All begin at once: none fails on tables that another makes, and no point is measured twice."""
+    seen, when = tmp_path / "seen", time.time() + 6
+    words = [sys.executable, "-c", PROCESS, storage, str(seen), str(when)]
+    workers = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], said
+    assert sorted(seen.read_text().split()) == [f"layer={n}" for n in range(8)]
+
+
+def test_of_two_that_claim_at_once_one_has_it(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wrote first has it, though neither had seen the other."""
+    first, second = Study(storage, "a"), Study(storage, "a")
+    late, real = [], Study._write
+
+    def write(study: Study, *given: Any, **facts: Any) -> int:
+        trial = real(study, *given, **facts)
+        if study is first:
+            late.append(second._claim(POINTS[0]))
+        return trial
+
+    monkeypatch.setattr(Study, "_write", write)
+    assert first._claim(POINTS[0]) is not None
+    assert late == [None]
+    assert second._claim(POINTS[1]) is not None
+
+
+def test_what_is_measured_is_not_claimed(storage: str) -> None:
+    """Nor by one that looked before the result was there."""
+    study = Study(storage, "a")
+    study.measure(POINTS[:1], Worker())
+    assert study._claim(POINTS[0]) is None
+    assert not study._running()
+
+
+HERE = studies._sign()
+
+
 @pytest.mark.parametrize(
     ("worker", "taken"),
     [
-        ({"host": socket.gethostname(), "process": 2**22 + 1, "at": time.time()}, True),
-        ({"host": "elsewhere", "process": 1, "at": time.time() - 2 * studies.QUIET}, True),
-        ({"host": "elsewhere", "process": 1, "at": time.time()}, False),
-        ({"host": socket.gethostname(), "process": os.getppid(), "at": time.time()}, False),
+        ({"process": 2**22 + 1}, True),
+        ({"began": "long ago"}, True),
+        ({"place": "elsewhere", "at": HERE["at"] - 2 * studies.QUIET}, True),
+        ({"place": "elsewhere", "process": 2**22 + 1}, False),
+        ({}, False),
     ],
-    ids=["dead", "silent", "far away", "alive"],
+    ids=["dead", "another of that number", "silent", "far away", "alive"],
 )
-def test_what_the_dead_had_taken(tmp_path: Path, worker: dict[str, Any], taken: bool) -> None:
+def test_what_the_dead_had_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: dict[str, Any], taken: bool
+) -> None:
     study = Study(str(tmp_path / "journal"), "a")
-    study.study.enqueue_trial({}, user_attrs={"point": POINTS[0]})
-    study.study.ask().set_user_attr("worker", worker)
-    study._bury()
-    study._ask_for(POINTS[:1], {})
-    assert (study._taken() is not None) == taken
+    with monkeypatch.context() as then:
+        then.setattr(studies, "_sign", lambda: {**HERE, **worker})
+        assert study._claim(POINTS[0]) is not None
+    assert (study._claimed(POINTS[:1]) is not None) == taken
+
+
+def test_who_sleeps_here_is_not_buried() -> None:
+    """A process that lives is seen to live, however long it was silent."""
+    assert not studies._dead({**HERE, "at": 0})
+    assert studies._dead({**HERE, "at": 0, "place": "elsewhere"})
+
+
+def test_work_signs_all_the_while(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "BEAT", 0.02)
+    study, signs = Study(storage, "a"), []
+
+    def long(_: Point) -> dict[str, Any]:
+        signs.append(study._running()[0].user_attrs["worker"]["at"])
+        until = time.monotonic() + 20
+        while study._running()[0].user_attrs["worker"]["at"] == signs[0] and time.monotonic() < until:
+            time.sleep(0.02)
+        signs.append(study._running()[0].user_attrs["worker"]["at"])
+        return {"loss": 1.0}
+
+    study.measure(POINTS[:1], long)
+    assert signs[1] > signs[0]
+
+
+def test_a_result_of_one_that_was_buried_counts(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: what another has measured meanwhile is kept."""
+    monkeypatch.setattr(studies, "BEAT", 0.02)
+    mine, other, beaten = Study(storage, "a"), Study(storage, "a"), Worker()
+
+    def buried(point: Point) -> dict[str, Any]:
+        with monkeypatch.context() as later:
+            later.setattr(studies, "_dead", lambda _: True)
+            other._bury()
+        if point["layer"] == 2:
+            other.measure([point], beaten)
+        time.sleep(0.1)  # and what is signed now does no harm
+        return {"loss": 10.0 * point["layer"]}
+
+    assert [row["loss"] for row in mine.measure(POINTS, buried)] == [10.0, 2.0, 30.0]
+    assert beaten.seen == [key(POINTS[1])]
+
+
+def test_trials_of_others_are_passed_over(storage: str) -> None:
+    import optuna
+
+    study = Study(storage, "a")
+    foreign = optuna.load_study(study_name="a", storage=study.storage)
+    foreign.ask()
+    assert [row["loss"] for row in study.measure(POINTS, Worker())] == [1.0, 2.0, 3.0]
 
 
 def test_storages_that_cannot_be(tmp_path: Path) -> None:
@@ -121,3 +228,33 @@ def test_storages_that_cannot_be(tmp_path: Path) -> None:
     for bad in (str(tmp_path / "file" / "study"), "nosuch://here"):
         with pytest.raises(SettingsError, match="cannot be opened"):
             Study(bad, "a")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), "lost"])
+def test_a_storage_that_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    study = Study(str(tmp_path / "journal"), "a")
+    fails = error if isinstance(error, OSError) else OperationalError("select", {}, Exception("connection lost"))
+
+    def fail(*_: Any) -> None:
+        raise fails
+
+    monkeypatch.setattr(study.storage, "set_trial_user_attr", fail)
+    with pytest.raises(OutputError, match=r"(No space left|connection lost)(.*\n)+.*same command again"):
+        study.measure(POINTS, Worker())
+
+
+def test_a_journal_that_was_torn_goes_on(tmp_path: Path) -> None:
+    """As a full disk tears it; a file that is no journal is left as it is."""
+    journal = tmp_path / "journal"
+    Study(str(journal), "a").measure(POINTS[:1], Worker())
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":4,"wor')
+    worker = Worker()
+    Study(str(journal), "a").measure(POINTS, worker)
+    assert worker.seen == [key(point) for point in POINTS[1:]]
+    assert Study(str(journal), "a").measure(POINTS, lambda _: pytest.fail("measured again"))
+    other = tmp_path / "notes"
+    other.write_bytes(b"a line\nanother")
+    assert studies._torn(other) == 0

@@ -40,7 +40,7 @@ from regrow.stages.apply import cut_copy
 from regrow.stages.load import read_teacher
 from regrow.stages.plan import Wish, meet, realise
 from regrow.stages.recover import recover
-from regrow.study import Beat, Point, Study, check_storage
+from regrow.study import Point, Study, check_storage
 
 TWICE = 2  # times in a row that an order must be stable
 DECODED: Mapping[str, Any] = {
@@ -233,8 +233,7 @@ class _Work:
         """Loss, and latency where one is asked for, of each shape without any training."""
         timed = self.asked.latency is not None
 
-        def measure(point: Point, beat: Beat) -> dict[str, Any]:
-            beat()
+        def measure(point: Point) -> dict[str, Any]:
             small = cut_copy(self.subject, self.plan(_widths(point)))
             return {"loss": self.loss(small)} | ({"latency_ms": latency(small)} if timed else {})
 
@@ -296,15 +295,12 @@ class _Work:
         teacher = self.teacher(train)
         blocks = recovery_text(self.subject, train, "recovery", count=train.tokens, seed=self.recipe.seed)
 
-        def measure(point: Point, beat: Beat) -> dict[str, Any]:
+        def measure(point: Point) -> dict[str, Any]:
             widths = _widths(point)
             small, folder = cut_copy(self.subject, self.plan(widths)), folders[said(widths)]
             began = time.perf_counter()
             with cache.held(folder, "this candidate"):
-                recover(
-                    small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher,
-                    progress=lambda *_: beat(),
-                )  # fmt: skip
+                recover(small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher)
             return {"loss": self.loss(small), "seconds": round(time.perf_counter() - began, 1)}
 
         return study.measure([dict(point) for point in points], measure, say=_said(progress, f"trained to {mark:,}"))

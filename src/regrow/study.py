@@ -1,49 +1,61 @@
 """Work that several processes or machines share: each piece is measured once and kept in an Optuna storage.
 
-A piece is a point, named by whole numbers. Whoever is free takes the next that nobody has; a piece whose worker died,
-or has not been heard of for a while, is taken anew. Failures are kept with their reason.
-What this gives up: the suggestions of Optuna's samplers; which points there are is decided before.
+A piece is a point, named by whole numbers. Whoever is free claims one that nobody has: it writes a running trial, then
+reads all of them, and of several the lowest number has the point. So nothing hangs on locks, which not every database
+has. A piece whose worker has ended, or was not heard of for a while, is claimed anew. Failures are kept with their
+reason. What this gives up: Optuna's samplers and its queue, since which points there are is decided before; and a
+worker that hangs is waited for.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow.cache import cache_dir
-from regrow.errors import BrokenModel, SettingsError
+from regrow.errors import BrokenModel, OutputError, SettingsError
 
 if TYPE_CHECKING:
-    import optuna
+    from optuna.trial import FrozenTrial
 
 Point = Mapping[Any, int]
-Beat = Callable[[], None]
-"""Says that the work goes on."""
-Work = Callable[[Point, Beat], dict[str, Any]]
+Work = Callable[[Point], dict[str, Any]]
 """What is measured at a point, as JSON. Raises `BrokenModel` when there is nothing to measure."""
 
-QUIET = 900  # seconds after which a worker that was not heard of counts as dead
+QUIET = 900  # seconds after which a worker elsewhere that was not heard of counts as dead
 BEAT = 30  # seconds between two signs of life
 WAIT = 2  # seconds between two looks, while others work on what is left
-FILE = "study.journal"
+OPENING = 5  # seconds in which a database is tried again: of several that make its tables at once, one succeeds
+LOCKED = 60  # seconds that SQLite waits for another's write
+FILE, RECORD = "study.journal", b'{"op_code":'  # how each line of it begins
+PROC = Path("/proc")
 
 
 class Study:
     """Points measured under one name in a storage; `name` must hold everything that the results hang on."""
 
     def __init__(self, storage: str | None, name: str) -> None:
-        self.name, self.study = name, _opened(storage, name)
+        import optuna
+
+        self.name, self.storage = name, _held(storage)
+        with _reached():
+            optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
+            self.id = self.storage.get_study_id_from_name(name)
 
     def measure(
         self, points: Sequence[Point], work: Work, *, say: Callable[[int, int], None] | None = None
     ) -> list[dict[str, Any]]:
         """The result at each point, in order; one with `failed` where nothing could be measured.
 
-        Measures what is missing, waits for what others measure, and calls `say` with (done, in all).
+        Measures what is missing, waits for what others measure, and calls `say` with (done, in all). Raises
+        `OutputError` when the storage is full or cannot be reached any more.
         """
         while True:
             found = self._finished()
@@ -51,101 +63,179 @@ class Study:
                 say(sum(key(point) in found for point in points), len(points))
             if all(key(point) in found for point in points):
                 return [found[key(point)] for point in points]
-            self._bury()
-            self._ask_for(points, found)
-            trial = self._taken()
-            if trial is None:
+            claimed = self._claimed([point for point in points if key(point) not in found])
+            if claimed is None:
                 time.sleep(WAIT)
             else:
-                self._work(trial, work)
+                self._work(*claimed, work)
+
+    def _trials(self) -> list[FrozenTrial]:
+        """Those that this module wrote; others, without a point, are somebody else's."""
+        with _reached():
+            trials = self.storage.get_all_trials(self.id, deepcopy=False)
+        return [trial for trial in trials if {"point", "worker"} <= trial.user_attrs.keys()]
 
     def _finished(self) -> dict[str, dict[str, Any]]:
-        """Results by point."""
-        trials = self.study.get_trials(deepcopy=False)
-        return {key(trial.user_attrs["point"]): r for trial in trials if (r := trial.user_attrs.get("result"))}
+        """Results by point; of several the first."""
+        trials = reversed(self._trials())
+        return {key(t.user_attrs["point"]): r for t in trials if (r := t.user_attrs.get("result"))}
 
-    def _ask_for(self, points: Sequence[Point], found: Mapping[str, Any]) -> None:
-        """Every point that is neither measured nor taken nor waiting is put into the queue."""
-        trials = self.study.get_trials(deepcopy=False)
-        known = {key(t.user_attrs["point"]) for t in trials if not t.state.is_finished()} | set(found)
+    def _claimed(self, points: Sequence[Point]) -> tuple[int, Point] | None:
+        """A trial, and the point that is now this worker's; None while others have all of them."""
+        self._bury()
+        taken = {key(trial.user_attrs["point"]) for trial in self._running()}
         for point in points:
-            if key(point) not in known:
-                self.study.enqueue_trial({}, user_attrs={"point": dict(point)})
+            if key(point) not in taken and (trial := self._claim(point)) is not None:
+                return trial, point
+        return None
 
-    def _taken(self) -> optuna.Trial | None:
-        """The next point of the queue, which is now this process's; None when there is none."""
+    def _claim(self, point: Point) -> int | None:
+        """A running trial of this point; None when another was quicker."""
         from optuna.trial import TrialState
 
-        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        mine = self._write(point, TrialState.RUNNING)
+        with _reached():
+            number = self.storage.get_trial_number_from_id(mine)
+        earlier = any(t.number < number and key(t.user_attrs["point"]) == key(point) for t in self._running())
+        if earlier or key(point) in self._finished():
+            self._end(mine)
             return None
-        trial = self.study.ask()
-        if "point" not in trial.user_attrs or self._elsewhere(trial):
-            self.study.tell(trial, state=TrialState.FAIL)  # another was quicker
-            return None
-        self._sign(trial)
-        return trial
+        return mine
 
-    def _elsewhere(self, trial: optuna.Trial) -> bool:
-        """Whether the point of a trial is measured, or being measured by one that took it before."""
+    def _running(self) -> list[FrozenTrial]:
         from optuna.trial import TrialState
 
-        point = trial.user_attrs["point"]
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        taken = any(t.number < trial.number and t.user_attrs["point"] == point for t in running)
-        return taken or key(point) in self._finished()
+        return [trial for trial in self._trials() if trial.state is TrialState.RUNNING]
 
-    def _work(self, trial: optuna.Trial, work: Work) -> None:
+    def _write(self, point: Point, state: Any, loss: float | None = None, **facts: Any) -> int:
+        """A new trial, whole from the start."""
+        from optuna.trial import create_trial
+
+        trial = create_trial(state=state, value=loss, user_attrs={"point": dict(point), "worker": _sign(), **facts})
+        with _reached():
+            return int(self.storage.create_new_trial(self.id, template_trial=trial))
+
+    def _work(self, trial: int, point: Point, work: Work) -> None:
+        try:
+            with self._alive(trial):
+                result = work(point)
+        except BrokenModel as broken:
+            result = {"failed": broken.came}
+        except BaseException:
+            with suppress(OutputError):
+                self._end(trial)  # the next may claim it at once
+            raise
+        self._keep(trial, point, result)
+
+    def _keep(self, trial: int, point: Point, result: dict[str, Any]) -> None:
+        """A result counts even of a worker that was taken for dead, unless another has one by now."""
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        heard = time.monotonic()
+        loss = result.get("loss")
+        state = TrialState.FAIL if loss is None else TrialState.COMPLETE
+        try:
+            with _reached():
+                self.storage.set_trial_user_attr(trial, "result", result)
+                self.storage.set_trial_state_values(trial, state, None if loss is None else [float(loss)])
+        except UpdateFinishedTrialError:
+            if key(point) not in self._finished():
+                self._write(point, state, loss, result=result)
+
+    def _end(self, trial: int) -> None:
+        """Without a result, unless it has ended already."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        with _reached(), suppress(UpdateFinishedTrialError):
+            self.storage.set_trial_state_values(trial, TrialState.FAIL)
+
+    @contextmanager
+    def _alive(self, trial: int) -> Iterator[None]:
+        """A thread signs the trial while this is open; what it cannot write does not stop the work."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        over = threading.Event()
 
         def beat() -> None:
-            nonlocal heard
-            if time.monotonic() - heard > BEAT:
-                heard = time.monotonic()
-                self._sign(trial)
+            while not over.wait(BEAT):
+                with suppress(OutputError, UpdateFinishedTrialError), _reached():
+                    self.storage.set_trial_user_attr(trial, "worker", _sign())
 
+        heart = threading.Thread(target=beat, daemon=True)
+        heart.start()
         try:
-            result = work(trial.user_attrs["point"], beat)
-        except BrokenModel as broken:
-            trial.set_user_attr("result", {"failed": broken.came})
-            self.study.tell(trial, state=TrialState.FAIL)
-        except BaseException:
-            self.study.tell(trial, state=TrialState.FAIL)  # the next may take it at once
-            raise
-        else:
-            trial.set_user_attr("result", result)
-            self.study.tell(trial, float(result["loss"]))
-
-    def _sign(self, trial: optuna.Trial) -> None:
-        trial.set_user_attr("worker", {"host": socket.gethostname(), "process": os.getpid(), "at": time.time()})
+            yield
+        finally:
+            over.set()
+            heart.join()
 
     def _bury(self) -> None:
-        """What a dead worker had taken may be taken again."""
-        from optuna.trial import TrialState
-
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            worker = trial.user_attrs.get("worker")
-            since = time.time() - (worker["at"] if worker else trial.datetime_start.timestamp())
-            if (worker and _gone(worker)) or since > QUIET:
-                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        """What a dead worker had claimed may be claimed again."""
+        for trial in self._running():
+            if _dead(trial.user_attrs["worker"]):
+                with _reached():
+                    found = self.storage.get_trial_id_from_study_id_trial_number(self.id, trial.number)
+                self._end(found)
 
 
 def key(point: Point) -> str:
     return ",".join(f"{name}={value}" for name, value in sorted(point.items()))
 
 
-def _gone(worker: Mapping[str, Any]) -> bool:
-    """Whether a worker of this machine has ended."""
-    if worker["host"] != socket.gethostname():
-        return False
+def _sign() -> dict[str, Any]:
+    """Who works, and when that was so."""
+    process = os.getpid()
+    return {"place": _place(), "process": process, "began": _began(process), "at": time.time()}
+
+
+def _place() -> str:
+    """Where a process number means one process: a machine since it was started, or a container on it."""
+    names = [socket.gethostname()]
+    with suppress(OSError):
+        names += [(PROC / "sys/kernel/random/boot_id").read_text().strip(), os.readlink(PROC / "self/ns/pid")]
+    return " ".join(names)
+
+
+def _began(process: int) -> str | None:
+    """When a process of this place began, as Linux tells it; elsewhere "". None when it has ended."""
     try:
-        os.kill(worker["process"], 0)
-    except ProcessLookupError:
-        return True
+        if not (PROC / "self/stat").exists():
+            os.kill(process, 0)
+            return ""
+        state, *_, began = (PROC / f"{process}/stat").read_text().rpartition(")")[2].split()[:20]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
     except PermissionError:
-        pass
-    return False
+        return ""
+    return None if state in ("Z", "X") else began
+
+
+def _dead(worker: Mapping[str, Any]) -> bool:
+    """Whether a worker has ended, as far as this process can see, or else was silent for long."""
+    if worker["place"] == _place():
+        began = _began(worker["process"])
+        if began != worker["began"]:
+            return True
+        if began:
+            return False
+    return bool(time.time() - worker["at"] > QUIET)
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Raises `OutputError` when a storage that was open fails."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (OSError, SQLAlchemyError, StorageInternalError) as error:
+        raise OutputError(
+            f"the study cannot be read or written any more: {str(error.__cause__ or error).splitlines()[0]}",
+            "a disk with room, or a database that can be reached",
+            "mend that and give the same command again: it goes on, and nothing is measured twice",
+        ) from error
 
 
 def check_storage(storage: str | None) -> None:
@@ -153,29 +243,54 @@ def check_storage(storage: str | None) -> None:
     _held(storage)
 
 
-def _opened(storage: str | None, name: str) -> optuna.Study:
-    import optuna
-
-    sampler = optuna.samplers.RandomSampler(seed=0)
-    return optuna.create_study(storage=_held(storage), study_name=name, load_if_exists=True, sampler=sampler)
-
-
 def _held(storage: str | None) -> Any:
     import optuna
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     where = storage or str(cache_dir("search") / FILE)
     try:
-        if "://" in where:
-            return RDBStorage(where)
-        path = Path(where).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+        return _database(where) if "://" in where else _file(Path(where).expanduser())
     except Exception as error:  # whatever a driver of a database raises
         raise SettingsError(
             f"study storage {where!r} cannot be opened: {str(error).splitlines()[0]}",
             "a file that can be written, or the URL of a database, such as sqlite:///FILE or postgresql://USER@HOST/NAME",
             "correct search.storage; databases want their driver installed",
         ) from error
+
+
+def _database(url: str) -> Any:
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import ArgumentError
+
+    driver: dict[str, Any] = {"connect_args": {"timeout": LOCKED}} if url.startswith("sqlite") else {}
+    until = time.monotonic() + OPENING
+    while True:
+        try:
+            return RDBStorage(url, engine_kwargs=driver)
+        except (ImportError, ArgumentError):
+            raise
+        except Exception:
+            if time.monotonic() > until:
+                raise
+            time.sleep(random.uniform(0.05, 0.5))
+
+
+def _file(path: Path) -> Any:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = JournalFileOpenLock(str(path))
+    if path.exists() and _torn(path):
+        lock.acquire()
+        try:
+            os.truncate(path, path.stat().st_size - _torn(path))
+        finally:
+            lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _torn(path: Path) -> int:
+    """Bytes of a line that a full disk cut short, at the end of a journal; it would spoil what is written after it."""
+    data = path.read_bytes()
+    return len(data) - data.rfind(b"\n") - 1 if data.startswith(RECORD) else 0
