@@ -14,7 +14,7 @@ from regrow import errors
 from regrow.cache import cache_dir, key, size_bytes
 from regrow.errors import InputError, ModelError, RegrowError, SettingsError, UnknownName
 from regrow.prepare import check_words
-from regrow.recipe_files import dump, find_recipe, overlay, read_recipe, read_yaml, recipe_names
+from regrow.recipe_files import dump, exact, find_recipe, overlay, read_recipe, read_yaml, recipe_names
 from regrow.settings import Recipe, parse
 
 TREE = [c for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, RegrowError)]
@@ -116,6 +116,25 @@ def test_bad_settings(data: dict[str, Any], kind: type[RegrowError], says: str) 
         parse(data, "x.yaml")
     assert says in str(caught.value)
     assert caught.value.allowed
+
+
+def test_a_shape_says_the_rest() -> None:
+    """Axes, no budget, no search, the same widths in every layer; of the others only what is about its axes."""
+    shape = {"neuron": 200, "layer": 5}
+    others = {"search": {"top": 2}, "split": {"group": 1}, "divisors": {"neuron": 8, "channel": 8}, "axes": ["group"]}
+    found = parse({"shape": shape, "criteria": {"layer": "angular", "group": "taylor"}, "uniform": False, **others})
+    assert (found.axes, found.keep, found.search, found.uniform) == (("neuron", "layer"), None, None, True)
+    assert (found.split, found.divisors, found.criteria) == ({}, {"neuron": 8}, {"layer": "angular"})
+    assert parse(found.model_dump()) == found
+    assert parse({"shape": shape, "keep": "80%"}).keep == "80%"  # both were said, which is refused later
+
+
+def test_a_shape_on_top_of_a_recipe_replaces_its_budget() -> None:
+    data = {"keep": "80%", "shape": {"neuron": 200}}
+    assert exact(data, {"shape"})["keep"] is None
+    assert exact(data, {"shape", "keep"})["keep"] == "80%"
+    assert exact(data, {"seed"})["keep"] == "80%"
+    assert exact({"keep": "80%", "shape": {}}, {"shape"})["keep"] == "80%"
 
 
 def test_flags_over_a_recipe() -> None:

@@ -38,7 +38,7 @@ def foretold_plan(config: PreTrainedConfig, anatomy: Anatomy, wish: Wish, stages
             raise SettingsError(
                 f"stages = {stages}, and {plan.shape()} between two of them, which no stock class holds",
                 "shapes that can be scored on the way",
-                "use stages=1, or other --divisors",
+                "use stages=1, or other divisors",
             )
         left = replace(bind(found.config), store_bytes=anatomy.store_bytes)
         return left, _even(left, wish)

@@ -6,7 +6,7 @@ What this gives up: expressions, includes and environment variables in recipes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,11 @@ def overlay(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         else:
             merged[key] = value
     return merged
+
+
+def exact(data: Mapping[str, Any], said: Collection[str]) -> dict[str, Any]:
+    """`data` without the budget of its recipe, where a shape was `said` on top and no budget beside it."""
+    return {**data, "keep": None} if data.get("shape") and "shape" in said and "keep" not in said else dict(data)
 
 
 def dump(recipe: Recipe) -> str:

@@ -123,8 +123,6 @@ def check_search(subject: Subject, recipe: Recipe) -> None:
 
     Raises `BudgetError`, `SettingsError`, `TextError`.
     """
-    if recipe.shape:
-        space_of(subject.anatomy, recipe.axes, {unit: (count,) for unit, count in recipe.shape.items()}, {})
     if recipe.search is None:
         return
     check_storage(recipe.search.storage)

@@ -203,7 +203,8 @@ class Recipe(Part):
         description="fit what reads the cut attention and MLP anew by least squares; null = leave it as it is",
     )
     shape: dict[Axis, Step] = Field(
-        default_factory=dict, description="exact widths instead of a budget, a layer's (heads: a group's)"
+        default_factory=dict,
+        description="exact widths of every layer (heads: a group's); names the axes, in place of a budget and a search",
     )
     search: Search | None = Field(default=None, description="choose the shape by trial; null = by `split`")
     sparsify: Sparsify | None = Field(default=None, description="zeros in what stays; null = none")
@@ -219,9 +220,16 @@ class Recipe(Part):
     @model_validator(mode="before")
     @classmethod
     def _exact(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """A shape needs no budget, and names its axes."""
+        """A shape needs no budget and no search; it names its axes, and holds in every layer."""
         shape = data.get("shape")
-        return {"keep": None, "axes": list(shape), **data} if isinstance(shape, Mapping) and shape else data
+        if not isinstance(shape, Mapping) or not shape:
+            return data
+        own = {
+            name: {unit: value for unit, value in named.items() if unit in shape}
+            for name in ("criteria", "divisors")
+            if isinstance(named := data.get(name), Mapping)
+        }
+        return {"keep": None, **data, **own, "axes": list(shape), "split": {}, "uniform": True, "search": None}
 
     @property
     def cuts(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import Any
 
@@ -127,8 +128,12 @@ def test_out_of_reach() -> None:
     space = space_of(anatomy, ("neuron",), {}, {"neuron": 16})
     with pytest.raises(BudgetError, match=r"none of 2 shapes is inside.*\n.*the nearest has"):
         inside(anatomy, space, [Budget.parse("10%")], 0.05)
-    with pytest.raises(BudgetError, match="within 1 % below"):
+    with pytest.raises(BudgetError, match="within 1 % below") as wide:
         inside(anatomy, space, [Budget.parse("95%")], 0.01)
+    band = float(re.findall(r"widen search.band to ([\d.]+),", str(wide.value))[0])
+    assert inside(anatomy, space, [Budget.parse("95%")], band)
+    with pytest.raises(BudgetError, match="none of 2 shapes is inside"):
+        inside(anatomy, space, [Budget.parse("100%"), Budget.parse("kv=0KB")], 1)
     with pytest.raises(SettingsError, match="not among the axes"):
         space_of(anatomy, ("neuron",), {"layer": (2,)}, {})
     with pytest.raises(SettingsError, match="1 to 48"):

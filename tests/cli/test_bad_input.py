@@ -48,7 +48,7 @@ def broken(sprout_dir: Path, tmp_path: Path) -> Path:
     ("flags", "says"),
     [
         (("--criterion", "taylr"), ("unknown criterion 'taylr'", "did you mean 'taylor'", "magnitude")),
-        (("--criterion", "taylor,layer=perplexity"), ("a criterion for layers", "add layer to --axes")),
+        (("--criterion", "taylor,layer=perplexity"), ("a criterion for layers", "add layer to axes")),
         (("--criterion", "taylor,neuron=perplexty"), ("unknown criterion 'perplexty'", "did you mean 'perplexity'")),
         (("--criterion", "block-influence"), ("cannot score neurons", "taylor")),
         (("--criterion", "taylor,magnitude"), ("AXIS=NAME",)),

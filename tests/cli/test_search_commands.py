@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from prompt import Command, Refused
 
+from regrow import door
+
 QUICK = (
     "--calibration-tokens", 512, "--set", "calibration.block=64", "--set", "search.tokens=512", "--text", "none",
     "--set", "divisors={neuron: 16, channel: 16}", "--set", "recover.block=64", "--set", "evaluate.samples=[]",
@@ -58,12 +60,44 @@ def test_a_shape_by_name(regrow: Command, sprout_dir: Path, tmp_path: Path) -> N
     assert "layer=5,neuron=200" in (out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("recipe", ["llm-pruner", "demo", "minitron"])
+@pytest.mark.parametrize("words", [("--shape", "neuron=200"), ("--set", "shape={neuron: 200}")], ids=["flag", "set"])
+def test_a_shape_is_obeyed_by_every_recipe(
+    regrow: Command, sprout_dir: Path, tmp_path: Path, recipe: str, words: tuple[str, ...]
+) -> None:
+    """Also by one that spreads a budget over the layers, has one of its own, or searches."""
+    asked = ("run", recipe, "--model", sprout_dir, *words, "--recover-tokens", 0, "--calibration-tokens", 512, "-q")
+    quick = ("--text", "none", "--set", "evaluate={tasks: [], samples: [], speed: false, text: null}")
+    done = regrow(*asked, *quick, "--set", "criterion=magnitude", "--set", "options={}", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert (config["intermediate_size"], config["num_hidden_layers"]) == (200, 6)
+    assert "auto_map" not in config
+
+
+def test_a_shape_through_the_python_door(sprout_dir: Path, tmp_path: Path) -> None:
+    quick = {"text": None, "speed": False, "samples": [], "tasks": []}
+    given = {"criterion": "magnitude", "recover": None, "evaluate": quick, "shape": {"neuron": 200}}
+    found = door.prune(str(sprout_dir), tmp_path / "out", recipe="minitron", **given)
+    assert {layer[2] for layer in found.shape["after"]["layers"]} == {200}
+
+
+def test_an_estimate_of_a_shape(regrow: Command, refused: Refused, sprout_dir: Path) -> None:
+    asked = ("estimate", sprout_dir, "--gflops", 10, "--recipe", "minitron", "--set")
+    done = regrow(*asked, "shape={neuron: 200}", "--json")
+    assert done.code == 0, done.err
+    assert {layer[2] for layer in done.json["shape"]["layers"]} == {200}
+    refused(*asked, "shape={neuron: 99999}", says=("neuron=99999", "352 neurons", "1 to 352"))
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("--keep", "80%", "--params", "1M"), ("--keep 80% and --params 1M", "leave one")),
         (("--keep", "5%"), ("none of", "the nearest has")),
         (("--also", "kv=10%"), ("kv=10%", "the nearest has")),
+        (("--also", "kv=0KB"), ("kv=0KB", "the nearest has")),
+        (("--keep", "83%", "--set", "search.band=0.0001"), ("no shape lies within", "widen search.band to 0.")),
         (("--latency", "fast"), ("latency 'fast'", "12ms")),
         (("--method", "best"), ("best", "grid, random")),
         (("--storage", "nosuch://here"), ("nosuch://here", "the URL of a database")),
@@ -88,6 +122,7 @@ def test_a_search_needs_a_place_to_end(refused: Refused, sprout_dir: Path) -> No
 def test_shapes_that_cannot_be(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
     asked = ("run", "minitron", "--model", sprout_dir, "--out", tmp_path / "out", "--shape")
     refused(*asked, "neuron=many", says=("neuron=many", "whole numbers"))
-    refused(*asked, "neuron=400", says=("400", "1 to 352"))
+    refused(*asked, "neuron=400", says=("shape neuron=400 of a model with 352 neurons", "1 to 352"))
+    refused(*asked, "head=9", says=("head=9", "heads a group"))
     refused(*asked, "tail=1", says=("tail", "layer, group, head, neuron, channel"))
     refused(*asked, "neuron=100", "--keep", "80%", says=("shape and keep",))

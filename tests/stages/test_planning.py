@@ -18,6 +18,7 @@ from regrow.artifacts.family import UNITS, Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, LayerShape, Shape, loss_by_axis
+from regrow.artifacts.space import full, shape_of
 from regrow.engines.bind import bind
 from regrow.errors import BudgetError, InputError, SettingsError, UnknownName
 from regrow.stages.plan import DIVISORS, FINEST, Wish, check_wish, make_plan, unprotected
@@ -116,6 +117,22 @@ WAYS: dict[str, dict[str, Any]] = {
     "uniform widths": {"uniform": True},
 }
 BUDGETS = ("85%", "60%", "params=75%", "kv=60%", "flops=70%", "file=80%")
+
+
+@pytest.mark.parametrize("spread", ["ends", "across", "uniform"])
+def test_exact_widths_hold_in_every_layer(spread: str) -> None:
+    """Whatever the spread, and though nobody said `uniform`."""
+    anatomy, widths = small(), {"neuron": 20, "head": 1, "layer": 3}
+    plan = make_plan(anatomy, scores(anatomy, 0), wish("100%", tuple(widths), spread=spread, widths=widths))
+    assert plan.shape() == shape_of(anatomy, widths)
+
+
+@pytest.mark.parametrize("unit", ["layer", "group", "head", "neuron", "channel"])
+def test_widths_that_the_model_does_not_have(unit: Unit) -> None:
+    anatomy = small()
+    for count in (0, full(anatomy)[unit] + 1):
+        with pytest.raises(SettingsError, match=rf"shape {unit}={count} of a model with \d+ {unit}s"):
+            make_plan(anatomy, scores(anatomy, 0), wish("100%", (unit,), widths={unit: count}))
 
 
 def check_met(anatomy: Anatomy, asked: Wish, seed: int) -> bool:

@@ -76,6 +76,17 @@ def _values(
     return (most, *(value for value in range((most - 1) // step * step, 0, -step) if value >= least))
 
 
+def check_widths(anatomy: Anatomy, widths: Widths) -> None:
+    """Raise `SettingsError` for a width that the model does not have."""
+    whole = full(anatomy)
+    for unit, count in widths.items():
+        if not 1 <= count <= whole[unit]:
+            what = f"{unit}s a group" if unit == "head" else f"{unit}s"
+            raise SettingsError(
+                f"shape {unit}={count} of a model with {whole[unit]} {what}", f"1 to {whole[unit]}", "name fewer"
+            )
+
+
 def shape_of(anatomy: Anatomy, widths: Widths) -> Shape:
     """What is left of the model."""
     kept = {**full(anatomy), **widths}
@@ -102,7 +113,7 @@ def inside(anatomy: Anatomy, space: Space, budgets: Sequence[Budget], band: floa
         if all(count <= target for count, target in zip(counts, targets, strict=True)):
             counted.append((counts[0], widths))
         else:
-            over.append((max(count / target for count, target in zip(counts, targets, strict=True)), counts))
+            over.append((max(n / max(target, 1) for n, target in zip(counts, targets, strict=True)), counts))
     if not counted:
         nearest = min(over)[1]
         raise BudgetError(
@@ -118,7 +129,7 @@ def inside(anatomy: Anatomy, space: Space, budgets: Sequence[Budget], band: floa
         raise BudgetError(
             f"budget {budgets[0].text}: no shape lies within {100 * band:g} % below {what}",
             f"the nearest below has {best:,}",
-            f"widen search.band to {math.ceil(100 * (1 - best / targets[0]))} %, or name finer search.choices",
+            f"widen search.band to {math.ceil(100 * (1 - best / targets[0])) / 100:g}, or name finer search.choices",
         )
     return [widths for count, widths in counted if count >= (1 - band) * targets[0]]
 

@@ -9,7 +9,7 @@ import typer
 from regrow.cli import console
 from regrow.cli import options as o
 from regrow.cli.prune import present
-from regrow.cli.run import assignment, put
+from regrow.cli.run import laid
 
 
 def estimate(
@@ -30,7 +30,7 @@ def estimate(
     quiet: o.Quiet = False,
 ) -> None:
     """Dry run: resulting shape, peak memory, tokens and rough time. No weights are loaded."""
-    from regrow.recipe_files import find_recipe, overlay, read_recipe
+    from regrow.recipe_files import find_recipe, read_recipe
     from regrow.settings import parse
 
     main, others = o.criteria(criterion)
@@ -46,10 +46,7 @@ def estimate(
         uniform=uniform or None,
         recover=present(tokens=recover_tokens) or None,
     )
-    data = overlay(data, flags)
-    for item in override or []:
-        data = put(data, *assignment(item))
-    settings = parse(data, recipe)
+    settings = parse(laid(data, flags, override), recipe)
     console.hush()
     from regrow.dryrun import dry_run
 

@@ -36,7 +36,7 @@ def run(
 ) -> None:
     """Run a whole recipe: score, cut, recover, measure, write. Run it again to go on after an interruption."""
     from regrow.cli.finish import finish
-    from regrow.recipe_files import find_recipe, overlay, read_recipe
+    from regrow.recipe_files import find_recipe, read_recipe
     from regrow.settings import parse
 
     flags: dict[str, Any] = present(
@@ -52,12 +52,17 @@ def run(
         evaluate=(present(tasks=o.names(tasks), limit=limit) | measured_text(text)) or None,
     )
     path = find_recipe(recipe)
-    data = overlay(read_recipe(path), flags)
-    if shape and not keep and not params:
-        data |= {"keep": None, "axes": list(data["shape"]), "search": None}
-    for item in override or []:
-        data = put(data, *assignment(item))
-    finish(parse(data, path.name), out, as_json=as_json, quiet=quiet)
+    finish(parse(laid(read_recipe(path), flags, override), path.name), out, as_json=as_json, quiet=quiet)
+
+
+def laid(data: Mapping[str, Any], flags: Mapping[str, Any], override: Sequence[str] | None) -> dict[str, Any]:
+    """A recipe with flags on top, and on top of these what `--set` says."""
+    from regrow.recipe_files import exact, overlay
+
+    laid, said = overlay(data, flags), set(flags)
+    for path, value in map(assignment, override or ()):
+        laid, said = put(laid, path, value), {*said, path[0]}
+    return exact(laid, said)
 
 
 def assignment(item: str) -> tuple[list[str], Any]:

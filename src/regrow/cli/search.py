@@ -9,7 +9,7 @@ import typer
 
 from regrow.cli import options as o
 from regrow.cli.prune import measured_text, present
-from regrow.cli.run import assignment, put
+from regrow.cli.run import laid
 from regrow.errors import InputError
 
 
@@ -29,7 +29,6 @@ def search(
     recover_tokens: Annotated[int | None, typer.Option(help="tokens the best is trained on afterwards")] = None,
     storage: Annotated[str | None, typer.Option(help="of the study, to share it: a file or a database's URL")] = None,
     worker: Annotated[bool, typer.Option("--worker", help="only help another search; writes no folder")] = False,
-    resume: Annotated[bool, typer.Option(help="go on with an interrupted search, as is always done")] = True,  # noqa: ARG001
     calibration: o.Calibration = None,
     calibration_tokens: o.CalibrationTokens = None,
     text: o.Text = None,
@@ -46,7 +45,7 @@ def search(
 ) -> None:
     """Score many shapes inside a budget, train the best a little, cut the model to the best of these."""
     from regrow.cli.finish import finish, help_out
-    from regrow.recipe_files import find_recipe, overlay, read_recipe
+    from regrow.recipe_files import find_recipe, read_recipe
     from regrow.settings import parse
 
     main, others = o.criteria(criterion)
@@ -74,10 +73,7 @@ def search(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    data = overlay(read_recipe(find_recipe("minitron")), flags)
-    for item in override or []:
-        data = put(data, *assignment(item))
-    recipe = parse(data, "the command line")
+    recipe = parse(laid(read_recipe(find_recipe("minitron")), flags, override), "the command line")
     if worker:
         help_out(recipe, quiet=quiet)
     elif out is None:

@@ -8,7 +8,7 @@ against another by their scores; that is a search.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -21,7 +21,7 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, even
-from regrow.artifacts.space import Widths, totals_of
+from regrow.artifacts.space import Widths, check_widths, totals_of
 from regrow.engines.bind import why_not
 from regrow.errors import BudgetError, InputError, SettingsError
 
@@ -49,7 +49,7 @@ class Wish:
 
 
 def check_wish(anatomy: Anatomy, wish: Wish) -> None:
-    """Raise `InputError` for an axis this model cannot be cut along, a divisor above its width, an unknown spread."""
+    """Raise `InputError` for an axis or widths that this model does not have, a divisor above its width, a spread."""
     SPREADS.get(wish.spread)
     for unit in wish.axes:
         if unit not in anatomy.supported:
@@ -57,7 +57,7 @@ def check_wish(anatomy: Anatomy, wish: Wish) -> None:
                 f"{unit}s of this {anatomy.model_type} model cannot be cut: "
                 f"{why_not(anatomy.family, dict(anatomy.sizes), unit)}",
                 f"axes: {', '.join(anatomy.supported)}",
-                "name other --axes",
+                "name other axes",
             )
     for name, named in (("split", wish.split), ("divisors", wish.divisors)):
         for unit in named:
@@ -65,29 +65,29 @@ def check_wish(anatomy: Anatomy, wish: Wish) -> None:
                 raise SettingsError(
                     f"{name} names {unit}s, which are not among the axes of this cut",
                     f"axes: {', '.join(wish.axes)}",
-                    f"add {unit} to --axes, or leave it out of {name}",
+                    f"add {unit} to axes, or leave it out of {name}",
                 )
     if not any(wish.split.get(unit, 1.0) for unit in wish.axes):
         raise SettingsError(
             f"a split in which {', '.join(wish.axes)} lose nothing", "at least one share above 0", "correct the split"
         )
+    check_widths(anatomy, wish.widths or {})
     _check_protected(anatomy, wish)
     if wish.rescale_norms and "channel" not in wish.axes:
         raise SettingsError(
             "rescale_norms in a cut without channels",
             "only cuts of the hidden width change what norms average over",
-            "add channel to --axes, or leave rescale_norms out",
+            "add channel to axes, or leave rescale_norms out",
         )
     heads: Unit = "group" if anatomy.sizes["G"] == 1 else "head"
     if wish.merge != "off" and heads not in wish.axes:
         raise SettingsError(
             f"merge_heads = {wish.merge} in a cut where no query heads go: {', '.join(wish.axes)}",
             f"an axis {heads}, which are what can be merged in this model",
-            f"add {heads} to --axes, or leave merge_heads out",
+            f"add {heads} to axes, or leave merge_heads out",
         )
     for unit, divisor in wish.divisors.items():
-        width = _full(anatomy, unit, layers=1)
-        if divisor > width:
+        if divisor > (width := _full(anatomy, unit, layers=1)):
             raise SettingsError(
                 f"divisor {unit}={divisor} of a model with {width} {unit}s", f"1 to {width}", "name a smaller divisor"
             )
@@ -108,7 +108,7 @@ def make_plan(anatomy: Anatomy, scores: Scores, wish: Wish) -> Plan:
     """The plan that meets the budget. Raises `BudgetError` naming the nearest budget that can be met."""
     check_wish(anatomy, wish)
     if wish.widths is not None:
-        return realise(anatomy, scores, wish, totals_of(anatomy, wish.widths))
+        return realise(anatomy, scores, replace(wish, uniform=True), totals_of(anatomy, wish.widths))
     target = wish.budget.target(anatomy)
     found: tuple[int, Plan] | None = None
     ranked = _ranked(anatomy, wish, target)
@@ -295,7 +295,7 @@ def _unmet(anatomy: Anatomy, wish: Wish, target: int, nearest: int) -> BudgetErr
     return BudgetError(
         f"budget {wish.budget.text} ({target:,} {what}) cannot be met by cutting {', '.join(wish.axes)}",
         f"at least {nearest:,} {what} ({100 * nearest / dense:.1f} % of {dense:,})",
-        "ask for more, name more --axes (layer, group, head, neuron, channel), or smaller --divisors",
+        "ask for more, name more axes (layer, group, head, neuron, channel), or smaller divisors",
     )
 
 

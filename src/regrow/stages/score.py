@@ -70,7 +70,7 @@ def choose(
             raise SettingsError(
                 f"a criterion for {unit}s, which are not among the axes of this cut",
                 f"axes: {', '.join(axes)}",
-                f"add {unit} to --axes, or leave its criterion out",
+                f"add {unit} to axes, or leave its criterion out",
             )
     named = {unit: CRITERIA.get(other) for unit, other in overrides.items()}
     chosen: dict[Unit, Choice] = {}
