@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import regrow.search as searching
 from models import anatomy_of, cut, make
 from models import plan as some_plan
 from regrow import cache as caching
-from regrow import prepare
+from regrow import prepare, trials
 from regrow.artifacts.report import Report
+from regrow.artifacts.shape import count
+from regrow.artifacts.space import full, totals_of
 from regrow.engines.bind import Subject
 from regrow.engines.checkpoint import round_to
-from regrow.errors import BudgetError, SettingsError, TextError, UnknownName
+from regrow.errors import BrokenModel, BudgetError, SettingsError, TextError, UnknownName
 from regrow.recipe_files import overlay
 from regrow.run import help_search, run
 from regrow.search import Chosen, search, taus
@@ -113,7 +116,7 @@ def test_an_interrupted_search_goes_on(recipe: Make, tmp_path: Path, monkeypatch
     """Wherever it is torn, the end is the same, and nothing is measured twice."""
     whole = walked(recipe(), tmp_path / "whole")
     monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "other"))
-    real, calls = searching.recover, 0
+    real, calls = trials.recover, 0
 
     def torn(*given: Any, **named: Any) -> Any:
         nonlocal calls
@@ -122,13 +125,13 @@ def test_an_interrupted_search_goes_on(recipe: Make, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return real(*given, **named)
 
-    monkeypatch.setattr(searching, "recover", torn)
+    monkeypatch.setattr(trials, "recover", torn)
     with pytest.raises(KeyboardInterrupt):
         run(recipe(), tmp_path / "torn", page=no_page)
     assert not (tmp_path / "torn").exists()
     assert same_but_time(walked(recipe(), tmp_path / "torn"), whole)
     assert calls == 5  # two candidates at two checkpoints, and the one that was torn
-    monkeypatch.setattr(searching, "cut_copy", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(trials, "cut_copy", lambda *_: pytest.fail("measured again"))
     assert same_but_time(walked(recipe(), tmp_path / "again"), whole)
 
 
@@ -178,6 +181,86 @@ def test_a_shape_that_breaks_goes_to_the_end(recipe: Make, monkeypatch: pytest.M
     assert found.record["ranked"][0]["losses"] == [{"tokens": 256, "failed": "NaN"}]  # and is trained no further
 
 
+def test_trainings_that_all_diverge(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ranking came of them, so none is claimed."""
+    for losses in ({256: [None, None]}, {256: [2.0, 3.0], 512: [None, None]}):
+        with pytest.raises(BrokenModel, match=r"2 shapes were trained.*NaN(.*\n)+.*learning_rate"):
+            faked(recipe(), monkeypatch, losses)
+
+
+def test_one_that_lasts_is_taken(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though another was better until it diverged, or went on after the better half and diverged then."""
+    last = faked(recipe(), monkeypatch, {256: [3.0, 2.0], 512: [3.0, None]}).record
+    assert last["chosen"] == last["ranked"][0]["widths"]
+    many = {"method": "random", "band": 0.3, "candidates": 4, "top": 4}
+    asked = recipe(search={"checkpoints": 2, "halving": True, **many})
+    gone = faked(asked, monkeypatch, {256: [1.0, 2.0, 3.0, 4.0], 512: [None, None, 3.0, 4.0]}).record
+    assert [len(row["losses"]) for row in gone["ranked"]] == [2, 2, 1, 1]
+    assert gone["chosen"] == gone["ranked"][2]["widths"]
+
+
+def test_a_record_is_json(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all are equal there is no order: neither a number that JSON lacks, nor a stable one."""
+    asked = recipe(search={"checkpoints": 4, "rank_tokens": 512})
+    found = faked(asked, monkeypatch, {n: [2.0, 2.0] for n in range(128, 513, 128)}).record
+    assert found["tau"] == [None, None, None]
+    json.dumps(found, allow_nan=False)
+    assert len(found["ranked"][0]["losses"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "marks"),
+    [
+        ({"rank_tokens": 512, "checkpoints": 2}, [256, 512]),
+        ({"rank_tokens": 500, "checkpoints": 2}, [256, 512]),
+        ({"rank_tokens": 300, "checkpoints": 4}, [128, 256, 384]),
+        ({"rank_tokens": 1, "checkpoints": 4}, [128]),
+    ],
+)
+def test_candidates_are_compared_after_whole_steps(recipe: Make, asked: dict[str, int], marks: list[int]) -> None:
+    """A step here takes two blocks of 64."""
+    from regrow.kept import scored
+    from regrow.prepare import as_wish
+
+    made = recipe(search=asked)
+    subject, wish = load(made.model), as_wish(made)
+    assert wish is not None
+    assert trials.Trials(subject, made, scored(subject, made, {}, None), wish).marks() == marks
+
+
+def test_steps_larger_than_a_part_of_the_training(recipe: Make, tmp_path: Path) -> None:
+    """Tokens are those that were seen, no order is stable by looking twice at one loss, and the page says so."""
+    found = walked(recipe(search={"rank_tokens": 200, "checkpoints": 8}), tmp_path / "out")
+    assert [[point["tokens"] for point in row["losses"]] for row in found["ranked"]] == [[128, 256]] * 2
+    assert found["tokens"] == 2 * 256
+    assert found["end"] == "the best was trained on 256, in 2 checkpoints since a step takes 128"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "report.json").read_text().splitlines() if "NaN" in line]
+    assert rows == []
+
+
+def test_the_same_model_elsewhere_shares_the_ranking(
+    recipe: Make, sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, teacher and texts are known by content; another teacher is another ranking."""
+    other, texts = tmp_path / "elsewhere", [tmp_path / name / "text.txt" for name in ("a", "b")]
+    shutil.copytree(sprout_dir, other)
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text("\n\n".join(f"{n} " + "word " * 60 for n in range(800)))
+    named = {"calibration": {"text": str(texts[0])}, "recover": {"text": str(texts[0])}}
+    first = help_search(recipe(**named)).record
+    real, seen = trials.cut_copy, []
+    monkeypatch.setattr(trials, "cut_copy", lambda *given: seen.append(1) or real(*given))
+    moved = {"calibration": {"text": str(texts[1])}, "recover": {"text": str(texts[1]), "teacher": str(other)}}
+    assert help_search(recipe(model=str(other), **moved)).record == first
+    assert seen == []
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**config, "top_k": 7}))
+    taught = help_search(recipe(**overlay(named, {"recover": {"teacher": str(other)}}))).record
+    assert len(seen) == 4  # as cut they are the same
+    assert taught["scored"] == first["scored"]
+
+
 def faked(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, losses: dict[int, list[Any]]) -> Chosen:
     """A search whose trainings give these losses, by tokens, in the order of the candidates."""
     subject = load(recipe.model)
@@ -189,7 +272,7 @@ def faked(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, losses: dict[int, lis
         rows = [losses[mark][self.first.index(dict(point))] for point in points]
         return [{"failed": "NaN"} if loss is None else {"loss": loss} for loss in rows]
 
-    monkeypatch.setattr(searching._Work, "after", after)
+    monkeypatch.setattr(trials.Trials, "after", after)
     wish = as_wish(recipe)
     assert wish is not None
     return search(subject, recipe, scored(subject, recipe, {}, None), wish, {}, None)
@@ -259,7 +342,7 @@ def test_a_search_among_shapes_that_merge_too_many_heads() -> None:
         model = make("llama", **kind)
         subject = Subject(model, None, anatomy_of(model), {}, torch.float32)  # type: ignore[arg-type]
         few = {"head": 1, "group": 2}
-        pool = searching.Pool([{heads: searching.full(subject.anatomy)[heads]}, {heads: few[heads]}], 2, None)  # type: ignore[arg-type,dict-item,list-item]
+        pool = searching.Pool([{heads: full(subject.anatomy)[heads]}, {heads: few[heads]}], 2, None)  # type: ignore[arg-type,dict-item,list-item]
         with pytest.raises(SettingsError, match=rf"keep {few[heads]} of \d {heads}s\n.*at least [23]"):
             searching.check_merged(subject, pool)
         searching.check_merged(subject, searching.Pool(pool.points[:1], 1, pool.space))
@@ -287,7 +370,7 @@ def test_text_to_judge_by_is_not_what_was_scored(recipe: Make) -> None:
     from regrow.kept import calibration
 
     subject = load(recipe().model)
-    seen, judges = calibration(subject, recipe()), searching.judges(subject, recipe())
+    seen, judges = calibration(subject, recipe()), trials.judges(subject, recipe())
     assert len(judges) == 8
     rows = {tuple(row) for row in seen.tolist()}
     assert not rows & {tuple(row) for row in judges.tolist()}
@@ -296,19 +379,48 @@ def test_text_to_judge_by_is_not_what_was_scored(recipe: Make) -> None:
 def test_latency(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only shapes that are fast enough are trained; the dense model is timed for a share."""
     times = iter([3.0, 1.0, 2.0, 10.0])
-    monkeypatch.setattr(searching, "latency", lambda _: next(times))
-    found = walked(recipe(search={"latency": "20%", "rank_tokens": 0}), tmp_path / "out")
-    assert sorted(row["latency_ms"] for row in found["scored"]) == [1.0, 2.0]
-    assert found["ranked"] == []
-    assert found["chosen"] == found["scored"][0]["widths"]
+    monkeypatch.setattr(trials, "latency", lambda _: next(times))
+    asked = recipe(search={"latency": "20%", "rank_tokens": 256, "top": 3})
+    found = walked(asked, tmp_path / "out")
+    assert [row.get("slow", False) for row in found["scored"]] == [False, False, True]
+    assert [row["latency_ms"] for row in found["scored"]][2] == 3.0
+    assert [row["widths"] for row in found["ranked"]] == [row["widths"] for row in found["scored"][:2]]
+    report = Report.from_json(json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")))
+    assert any("3 of " in note and "(1 of them are too slow)" in note for note in report.notes)
+    assert same_but_time(walked(asked, tmp_path / "again"), found)  # no time is taken again, the dense model's neither
     with pytest.raises(BudgetError, match=r"latency 0.5ms .*\n.*at least 1.0 ms"):
         run(recipe(search={"latency": "0.5ms", "rank_tokens": 0}), tmp_path / "slow", page=no_page)
     assert not (tmp_path / "slow").exists()
 
 
+def test_times_belong_to_a_machine(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere they are taken anew; losses would not be."""
+    taken = []
+    monkeypatch.setattr(trials, "latency", lambda _: taken.append(1) or 1.0)
+    asked = recipe(search={"latency": "100%", "rank_tokens": 0})
+    help_search(asked)
+    help_search(asked)
+    assert len(taken) == 4
+    monkeypatch.setattr(trials, "machine", lambda: {"cpu": "another"})
+    help_search(asked)
+    assert len(taken) == 8
+
+
+def test_no_shape_gives_a_loss(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said as it is, where a latency is asked for too."""
+    monkeypatch.setattr(trials.Trials, "judged", broken)
+    for asked in ({"latency": "12ms"}, {}):
+        with pytest.raises(BrokenModel, match="none of them gives a loss: NaN"):
+            help_search(recipe(search=asked))
+
+
+def broken(*_: Any) -> dict[str, Any]:
+    raise BrokenModel("NaN", "numbers", "look")
+
+
 def test_a_worker_finishes_what_another_began(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = help_search(recipe())
-    monkeypatch.setattr(searching, "cut_copy", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(trials, "cut_copy", lambda *_: pytest.fail("measured again"))
     assert walked(recipe(), tmp_path / "out")["chosen"] == chosen.record["chosen"]
     with pytest.raises(SettingsError, match="does not search"):
         help_search(recipe(search=None))
@@ -355,8 +467,8 @@ def test_a_search_belongs_to_its_code(recipe: Make, monkeypatch: pytest.MonkeyPa
     help_search(recipe(search={"rank_tokens": 0}))
     monkeypatch.setattr(caching, "code", lambda: "other")
     seen = []
-    real = searching.cut_copy
-    monkeypatch.setattr(searching, "cut_copy", lambda *given: seen.append(1) or real(*given))
+    real = trials.cut_copy
+    monkeypatch.setattr(trials, "cut_copy", lambda *given: seen.append(1) or real(*given))
     help_search(recipe(search={"rank_tokens": 0}))
     assert len(seen) == 3
 
@@ -370,8 +482,8 @@ def test_realised_widths_are_those_asked_for(recipe: Make) -> None:
     scores, wish = scored(subject, asked, {}, None), as_wish(asked)
     assert wish is not None
     for point in searching.candidates(subject, asked).points:
-        plan = realise(subject.anatomy, scores, wish, searching.totals_of(subject.anatomy, point))
+        plan = realise(subject.anatomy, scores, wish, totals_of(subject.anatomy, point))
         small = cut_copy(subject, plan)
         round_to(small.model, subject.store)
-        assert small.model.num_parameters() == searching.count(subject.anatomy, plan.shape())
+        assert small.model.num_parameters() == count(subject.anatomy, plan.shape())
         assert wish.budget.count(subject.anatomy, plan.shape()) <= wish.budget.target(subject.anatomy)

@@ -38,8 +38,9 @@ def calibration(subject: Subject, recipe: Recipe, count: int | None = None) -> T
 
 
 def read_by(recipe: Recipe) -> dict[str, Any]:
-    """What decides the calibration blocks of a model."""
-    return {"calibration": recipe.calibration.model_dump(), "text": fingerprint(recipe.calibration.text)}
+    """What decides the calibration blocks of a model: the text by its content, wherever it lies."""
+    asked = recipe.calibration
+    return {"calibration": asked.model_dump(exclude={"text"}), "text": fingerprint(asked.text)}
 
 
 def statistics(subject: Subject, recipe: Recipe) -> Readings:

@@ -1,57 +1,34 @@
 """Which shape inside a budget: many are scored as cut, the best are trained a little, the best of these goes on.
 
-Shapes have the same widths in every layer. All candidates are cut from one model in memory, by the scores of one pass,
-and judged by the loss on calibration text that no score has seen. Every measurement is a piece of a `Study`, so a
-search goes on after an interruption, and several processes share one.
-What this gives up: layers of different widths, and a training long enough that no order can change.
+Shapes have the same widths in every layer. How one is measured, `trials` knows; here is which are tried, who goes on,
+and when their order is settled. What this gives up: layers of different widths, and a training long enough that no
+order can change.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from regrow import cache
 from regrow.artifacts.budget import Budget, Latency
-from regrow.artifacts.family import UNITS, Unit
+from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import count
-from regrow.artifacts.space import Space, Widths, drawn, full, inside, said, shape_of, space_of, totals_of, unbeaten
-from regrow.engines import tokens
+from regrow.artifacts.space import Space, Widths, drawn, full, inside, space_of, unbeaten
 from regrow.engines.bind import Subject
-from regrow.engines.clock import measure_speed
-from regrow.engines.distil import Teacher
-from regrow.engines.perplexity import block_losses
-from regrow.engines.texts import documents, fingerprint
-from regrow.engines.walk import check_finite
-from regrow.errors import BrokenModel, BudgetError, SettingsError, TextError
-from regrow.kept import Progress, read_by
+from regrow.errors import BrokenModel, BudgetError, SettingsError
+from regrow.kept import Progress
 from regrow.prepare import ranking, recovery_text
-from regrow.recovery import Recover
 from regrow.settings import Recipe
-from regrow.stages.apply import cut_copy
-from regrow.stages.load import read_teacher
-from regrow.stages.plan import Wish, meet, realise
-from regrow.stages.recover import recover
-from regrow.study import Point, Study, check_storage
+from regrow.stages.plan import Wish, meet
+from regrow.study import check_storage
+from regrow.trials import Trials, judges
 
 TWICE = 2  # times in a row that an order must be stable
-DECODED: Mapping[str, Any] = {
-    "prompt": 32,
-    "decode": 32,
-    "batches": (1,),
-    "repeats": 3,
-}  # what a latency is measured on
-PLAIN: Mapping[str, Any] = {"cache": None, "teacher_tokens": 0, "preferences": None, "online_rate": None}
-"""Candidates learn from the teacher itself, as it is."""
-SPEED = "speed/decode_ms_per_token/batch1"
+Row = dict[str, Any]
+"""A shape that was measured, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +51,8 @@ class Chosen:
     def notes(self) -> tuple[str, ...]:
         found = self.record
         spent = f"search: {len(found['scored'])} of {found['inside']} shapes inside the budget were scored as cut"
+        if slow := sum("slow" in row for row in found["scored"]):
+            spent += f" ({slow} of them are too slow)"
         if not found["ranked"]:
             return (spent,)
         other = "" if found["scored"][0]["widths"] == found["chosen"] else " (as cut, another was best)"
@@ -84,24 +63,26 @@ class Chosen:
 def search(
     subject: Subject, recipe: Recipe, scores: Scores, wish: Wish, record: dict[str, Any], progress: Progress | None
 ) -> Chosen:
-    """The best shape. Raises `BudgetError` when none is inside the budgets; the model stays as it is."""
+    """The best shape. Raises `BudgetError` when none is inside the budgets, `BrokenModel` when none gives a loss; the
+    model stays as it is."""
     assert recipe.search is not None
     pool = candidates(subject, recipe)
-    work = _Work(subject, recipe, scores, replace(wish, uniform=True))
-    rows = work.as_cut(pool.points, progress)
-    if recipe.search.latency is not None:
-        rows = work.fast_enough(rows, recipe.search.latency)
-    rows.sort(key=_loss)
-    if "failed" in rows[0]:
+    trials = Trials(subject, recipe, scores, replace(wish, uniform=True))
+    rows = trials.as_cut(pool.points, progress)
+    if all("failed" in row for row in rows):
         raise BrokenModel(
             f"{len(rows)} shapes, and none of them gives a loss: {rows[0]['failed']}",
             "finite losses",
             "look at the model with `regrow doctor`, or ask for a larger budget",
         )
-    ranked, end = work.ranked([row["widths"] for row in rows[: recipe.search.top]], progress)
-    left = [row for row in ranked if len(row["losses"]) == max(len(other["losses"]) for other in ranked)]
-    best = min(left, key=lambda row: _loss(row["losses"][-1]))["widths"] if left else rows[0]["widths"]
+    if recipe.search.latency is not None:
+        rows = timed(rows, recipe.search.latency, trials.dense_ms)
+    rows.sort(key=lambda row: ("failed" in row, "slow" in row, _loss(row)))
+    fit = [row for row in rows if "loss" in row and "slow" not in row]
+    ranked, end = rank(trials, [row["widths"] for row in fit[: recipe.search.top]], progress)
+    trials.forget()
     record["tokens"] = sum(row["losses"][-1]["tokens"] for row in ranked)
+    best = _best(ranked) if ranked else fit[0]["widths"]
     found = {
         "method": recipe.search.method,
         "space": {unit: list(values) for unit, values in pool.space.choices.items()},
@@ -114,8 +95,59 @@ def search(
         "end": end,
         "chosen": best,
     }
-    work.forget()
-    return Chosen(work.plan(best), found)
+    return Chosen(trials.plan(best), found)
+
+
+def timed(rows: Sequence[Row], asked: str, dense_ms: Callable[[], float]) -> list[Row]:
+    """The rows, with `slow` where a token takes longer than asked. Raises `BudgetError` when all are slow."""
+    limit = Latency.parse(asked)
+    most = limit.limit * (dense_ms() if limit.relative else 1)
+    found = [{**row, "slow": True} if row.get("latency_ms", 0) > most else row for row in rows]
+    times = [row["latency_ms"] for row in found if "latency_ms" in row]
+    if min(times) > most:
+        raise BudgetError(
+            f"latency {asked} ({most:.1f} ms a token): none of {len(rows)} shapes is so fast",
+            f"at least {min(times):.1f} ms",
+            "ask for more time, lower the budget, or let layers go, which saves the most",
+        )
+    return found
+
+
+def rank(trials: Trials, points: Sequence[Widths], progress: Progress | None) -> tuple[list[Row], str]:
+    """Losses of each shape at every checkpoint of its training, and how that ended."""
+    asked, marks = trials.asked, trials.marks()
+    if not asked.rank_tokens or len(points) < 2:
+        return [], "not trained"
+    rows: list[Row] = [{"widths": dict(point), "parameters": trials.size(point), "losses": []} for point in points]
+    left, stable = rows, 0
+    for part, mark in enumerate(marks, 1):
+        for row, result in zip(left, trials.after([row["widths"] for row in left], mark, progress), strict=True):
+            row["losses"].append({"tokens": mark, **result})
+        order = taus([row["losses"] for row in left])
+        stable = stable + 1 if order and order[-1] is not None and order[-1] >= asked.stable else 0
+        if stable == TWICE and part < len(marks):
+            return rows, f"their order was stable after {mark:,} tokens each"
+        alive = sorted((row for row in left if "loss" in row["losses"][-1]), key=lambda row: _loss(row["losses"][-1]))
+        left = alive[: max(1, len(alive) // 2) if asked.halving else None]
+        if len(left) < 2:
+            break
+    few = f", in {len(marks)} checkpoints since a step takes {marks[0]:,}" if len(marks) < asked.checkpoints else ""
+    return rows, f"the best was trained on {mark:,}{few}"
+
+
+def _best(ranked: Sequence[Row]) -> Widths:
+    """Of those that were trained the longest, the one with the lowest loss. Raises `BrokenModel` when all diverged."""
+    alive = [row for row in ranked if "loss" in row["losses"][-1]]
+    if not alive:
+        raise BrokenModel(
+            f"{len(ranked)} shapes were trained, and none of them to a loss: {ranked[0]['losses'][-1]['failed']}",
+            "finite losses",
+            "lower recover.learning_rate, or take the best as cut with search.rank_tokens=0",
+        )
+    longest = max(len(row["losses"]) for row in alive)
+    best = min((row for row in alive if len(row["losses"]) == longest), key=lambda row: _loss(row["losses"][-1]))
+    widths: Widths = best["widths"]
+    return widths
 
 
 def check_search(subject: Subject, recipe: Recipe) -> None:
@@ -181,187 +213,23 @@ def depths(subject: Subject, recipe: Recipe, wish: Wish) -> list[int]:
     return sorted({subject.anatomy.sizes["L"] - left for left in kept} - {0})
 
 
-def judges(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
-    """Calibration text that no score has seen. Raises `TextError` when there is none."""
-    read, asked = recipe.calibration, recipe.search
-    assert asked is not None
-    seen = max(read.tokens // read.block, 1)
-    found = tokens.blocks(
-        documents(read.text, "calibration"),
-        subject.tokenizer,
-        block=read.block,
-        tokens=(seen + max(asked.tokens // read.block, 1)) * read.block,
-        seed=recipe.seed,
-    )[seen:]
-    if not len(found):
-        raise TextError(
-            f"the calibration part of {read.text} is used up by {seen * read.block:,} tokens for the scores",
-            "some more, which shapes are judged by",
-            "lower calibration.tokens, or give more text",
-        )
-    return found
-
-
-class _Work:
-    """Measures candidates, each in a study under everything that its result hangs on."""
-
-    def __init__(self, subject: Subject, recipe: Recipe, scores: Scores, wish: Wish) -> None:
-        assert recipe.search is not None
-        self.subject, self.recipe, self.scores, self.wish, self.asked = subject, recipe, scores, wish, recipe.search
-        self.text = judges(subject, recipe)
-        self.folders: set[Path] = set()  # of trainings
-        self.about = {
-            "model": subject.source["fingerprint"],
-            "dtype": recipe.dtype,
-            "seed": recipe.seed,
-            "scores": dict(scores.made_by),
-            "rescale_norms": wish.rescale_norms,
-            "protect": wish.protect,
-            "merge": wish.merge,
-            "judges": self.asked.tokens,
-            "code": cache.code(),
-            **read_by(recipe),
-        }
-
-    def plan(self, widths: Widths) -> Plan:
-        anatomy = self.subject.anatomy
-        return realise(anatomy, self.scores, replace(self.wish, axes=tuple(widths)), totals_of(anatomy, widths))
-
-    def as_cut(self, points: Sequence[Widths], progress: Progress | None) -> list[dict[str, Any]]:
-        """Loss, and latency where one is asked for, of each shape without any training."""
-        timed = self.asked.latency is not None
-
-        def measure(point: Point) -> dict[str, Any]:
-            small = cut_copy(self.subject, self.plan(_widths(point)))
-            return {"loss": self.loss(small)} | ({"latency_ms": latency(small)} if timed else {})
-
-        study = Study(self.asked.storage, f"{cache.key({**self.about, 'timed': timed})} as cut")
-        results = study.measure([dict(point) for point in points], measure, say=_said(progress, "shapes"))
-        return [
-            {"widths": dict(point), "parameters": self.size(point), **result}
-            for point, result in zip(points, results, strict=True)
-        ]
-
-    def fast_enough(self, rows: list[dict[str, Any]], asked: str) -> list[dict[str, Any]]:
-        """Those that write a token in time. Raises `BudgetError` when none does."""
-        limit = Latency.parse(asked)
-        most = limit.limit * (latency(self.subject) if limit.relative else 1)
-        fast = [row for row in rows if row.get("latency_ms", most + 1) <= most]
-        if not fast:
-            best = min(row["latency_ms"] for row in rows if "latency_ms" in row)
-            raise BudgetError(
-                f"latency {asked} ({most:.1f} ms a token): none of {len(rows)} shapes is so fast",
-                f"at least {best:.1f} ms",
-                "ask for more time, lower the budget, or let layers go, which saves the most",
-            )
-        return fast
-
-    def ranked(self, points: Sequence[Widths], progress: Progress | None) -> tuple[list[dict[str, Any]], str]:
-        """Losses of each shape at every checkpoint of its training, and how that ended."""
-        asked, left = self.asked, list(points)
-        if not asked.rank_tokens or len(points) < 2:
-            return [], "not trained"
-        rows: list[dict[str, Any]] = [
-            {"widths": dict(point), "parameters": self.size(point), "losses": []} for point in points
-        ]
-        stable = 0
-        for part in range(1, asked.checkpoints + 1):
-            mark = -(-asked.rank_tokens * part // asked.checkpoints)
-            for point, result in zip(left, self.after(left, mark, progress), strict=True):
-                next(row for row in rows if row["widths"] == dict(point))["losses"].append({"tokens": mark, **result})
-            alive = [row for row in rows if len(row["losses"]) == part]
-            order = taus([row["losses"] for row in alive])
-            stable = stable + 1 if order and order[-1] >= asked.stable else 0
-            if stable == TWICE and part < asked.checkpoints:
-                return rows, f"their order was stable after {mark:,} tokens each"
-            alive = sorted(
-                (row for row in alive if "loss" in row["losses"][-1]), key=lambda row: _loss(row["losses"][-1])
-            )
-            left = [row["widths"] for row in alive[: max(1, len(alive) // 2) if asked.halving else None]]
-            if len(left) < 2:
-                break
-        return rows, f"the best was trained on {mark:,}"
-
-    def after(self, points: Sequence[Widths], mark: int, progress: Progress | None) -> list[dict[str, Any]]:
-        """Loss of each shape once it was trained on `mark` tokens."""
-        train = self.training(mark)
-        deciding = train.model_dump(mode="json", exclude={"until", "resume", "micro_batch", "checkpointing"})
-        about = {**self.about, "training": deciding, "text": {source: fingerprint(source) for source in train.sources}}
-        study = Study(self.asked.storage, f"{cache.key(about)} after {mark}")
-        folders = {said(point): cache.cache_dir("search", f"{cache.key(about)} {said(point)}") for point in points}
-        self.folders |= set(folders.values())
-        teacher = self.teacher(train)
-        blocks = recovery_text(self.subject, train, "recovery", count=train.tokens, seed=self.recipe.seed)
-
-        def measure(point: Point) -> dict[str, Any]:
-            widths = _widths(point)
-            small, folder = cut_copy(self.subject, self.plan(widths)), folders[said(widths)]
-            began = time.perf_counter()
-            with cache.held(folder, "this candidate"):
-                recover(small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher)
-            return {"loss": self.loss(small), "seconds": round(time.perf_counter() - began, 1)}
-
-        return study.measure([dict(point) for point in points], measure, say=_said(progress, f"trained to {mark:,}"))
-
-    def forget(self) -> None:
-        """Drop checkpoints: what they led to is in the study."""
-        for folder in self.folders:
-            cache.drop(folder)
-
-    def training(self, mark: int) -> Recover:
-        """The recovery of the recipe, shortened; its rate stays as it is after warm-up, so that parts are alike."""
-        own = ranking(self.recipe)
-        short = {"tokens": self.asked.rank_tokens, "schedule": "constant", "until": mark, "patience": None}
-        plain = own.distil.model_copy(update=PLAIN)
-        return own.model_copy(update={**short, "report_to": (), "resume": True, "balance": "fixed", "distil": plain})
-
-    def teacher(self, train: Recover) -> Teacher | Subject | None:
-        """The model itself, where it is the one that is named."""
-        if train.teacher is None:
-            return None
-        recipe = self.recipe
-        if train.teacher == recipe.model:
-            return self.subject
-        return read_teacher(recipe.model_copy(update={"recover": train}))
-
-    def loss(self, small: Subject) -> float:
-        """Nats a token. Raises `BrokenModel` when it is not finite."""
-        found = block_losses(small.model, self.text).mean()
-        check_finite("the loss of this shape", found)
-        return round(float(found), 6)
-
-    def size(self, widths: Widths) -> int:
-        return count(self.subject.anatomy, shape_of(self.subject.anatomy, widths))
-
-
-def latency(subject: Subject) -> float:
-    """Milliseconds a token, written alone, on this machine."""
-    return round(measure_speed(subject.model, **DECODED)[SPEED].value, 3)
-
-
-def taus(losses: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
+def taus(losses: Sequence[Sequence[Mapping[str, Any]]]) -> list[float | None]:
     """Kendall's tau between the orders at consecutive checkpoints, among those that reached the later one.
 
-    `losses`: of each candidate, a row a checkpoint. 1 = the same order; fewer than two candidates have none.
+    `losses`: of each candidate, a row a checkpoint. 1 = the same order; fewer than two candidates have none, and where
+    all are equal there is no order: None.
     """
     from scipy.stats import kendalltau
 
-    found = []
+    found: list[float | None] = []
     for part in range(1, max(map(len, losses), default=0)):
         alive = [rows for rows in losses if len(rows) > part]
         if len(alive) > 1:
             before, after = ([_loss(rows[at]) for rows in alive] for at in (part - 1, part))
-            found.append(round(float(kendalltau(before, after).statistic), 4))
+            tau = float(kendalltau(before, after).statistic)
+            found.append(None if math.isnan(tau) else round(tau, 4))
     return found
 
 
 def _loss(row: Mapping[str, Any]) -> float:
     return float(row.get("loss", math.inf))
-
-
-def _widths(point: Point) -> dict[Unit, int]:
-    return {unit: point[unit] for unit in UNITS if unit in point}
-
-
-def _said(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)

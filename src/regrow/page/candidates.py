@@ -55,7 +55,7 @@ def candidates(search: Mapping[str, Any] | None) -> Candidates | None:
             f"#{place}",
             *(f"{row['widths'][axis]:,}" for axis in axes),
             short(row["parameters"]),
-            *([_figure(row.get("latency_ms"))] if timed else []),
+            *([_figure(row.get("latency_ms")) + (", too slow" if row.get("slow") else "")] if timed else []),
             _figure(row.get("loss")),
             *(_figure(losses.get(mark)) for mark in marks),
         )
@@ -66,10 +66,12 @@ def candidates(search: Mapping[str, Any] | None) -> Candidates | None:
 def _about(search: Mapping[str, Any]) -> str:
     scored, shown = len(search["scored"]), min(len(search["scored"]), MOST)
     said = f"Of {search['size']:,} shapes {search['inside']:,} fill the budget; {scored:,} of them were scored as cut"
+    if slow := sum(bool(row.get("slow")) for row in search["scored"]):
+        said += f", {slow} of which are too slow"
     if search["ranked"]:
         said += f", {len(search['ranked'])} trained, {search['tokens']:,} tokens in all; {search['end']}"
     if search["tau"]:
-        said += f". Kendall's tau from one checkpoint to the next: {', '.join(number(tau, 2) for tau in search['tau'])}"
+        said += f". Kendall's tau from one checkpoint to the next: {', '.join(_tau(tau) for tau in search['tau'])}"
     return said + (f". The best {shown} are shown." if shown < scored else ".")
 
 
@@ -85,6 +87,10 @@ def _curves(search: Mapping[str, Any]) -> Markup | None:
 
 def _name(widths: Mapping[str, int]) -> str:
     return " · ".join(str(widths[axis]) for axis in AXES if axis in widths)
+
+
+def _tau(value: float | None) -> str:
+    return "none" if value is None else number(value, 2)
 
 
 def _figure(value: float | None) -> str:

@@ -1,0 +1,215 @@
+"""Candidates of a search, measured: cut from one model in memory, judged and timed as cut, trained a little.
+
+They are cut by the scores of one pass, and judged by the loss on calibration text that no score has seen. Every
+measurement is a piece of a `Study` under a key of what it hangs on, by content and not by name, so a search goes on
+after an interruption, and several processes share one. What this gives up: times that hold on another machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from regrow import cache
+from regrow.artifacts.family import UNITS, Unit
+from regrow.artifacts.plan import Plan
+from regrow.artifacts.scores import Scores
+from regrow.artifacts.shape import count
+from regrow.artifacts.space import Widths, full, said, shape_of, totals_of
+from regrow.engines import checkpoint, provenance, tokens
+from regrow.engines.bind import Subject
+from regrow.engines.clock import machine, measure_speed
+from regrow.engines.distil import Teacher
+from regrow.engines.perplexity import block_losses
+from regrow.engines.texts import documents, fingerprint
+from regrow.engines.walk import check_finite
+from regrow.errors import TextError
+from regrow.kept import Progress, read_by
+from regrow.prepare import ranking, recovery_text
+from regrow.recovery import Recover
+from regrow.settings import Recipe
+from regrow.stages.apply import cut_copy
+from regrow.stages.load import read_teacher
+from regrow.stages.plan import Wish, realise
+from regrow.stages.recover import recover
+from regrow.study import Point, Study
+
+DECODED: Mapping[str, Any] = {
+    "prompt": 32,
+    "decode": 32,
+    "batches": (1,),
+    "repeats": 3,
+}  # what a latency is measured on
+PLAIN: Mapping[str, Any] = {"cache": None, "teacher_tokens": 0, "preferences": None, "online_rate": None}
+"""Candidates learn from the teacher itself, as it is."""
+FREE = {
+    "until", "resume", "micro_batch", "checkpointing", "report_to",
+    "teacher", "text", "mixture", "references", "excess", "balance", "balance_every",
+}  # fmt: skip
+"""Of a recovery: what does not decide where candidates end, and names, whose contents do."""
+SPEED = "speed/decode_ms_per_token/batch1"
+
+
+class Trials:
+    """Measures candidates, each in a study under everything that its result hangs on."""
+
+    def __init__(self, subject: Subject, recipe: Recipe, scores: Scores, wish: Wish) -> None:
+        assert recipe.search is not None
+        self.subject, self.recipe, self.scores, self.wish, self.asked = subject, recipe, scores, wish, recipe.search
+        self.text = judges(subject, recipe)
+        self.folders: set[Path] = set()  # of trainings
+        self.about = {
+            "model": subject.source["fingerprint"],
+            "dtype": recipe.dtype,
+            "seed": recipe.seed,
+            "scores": dict(scores.made_by),
+            "rescale_norms": wish.rescale_norms,
+            "protect": wish.protect,
+            "merge": wish.merge,
+            "judges": self.asked.tokens,
+            "code": cache.code(),
+            **read_by(recipe),
+        }
+
+    def plan(self, widths: Widths) -> Plan:
+        anatomy = self.subject.anatomy
+        return realise(anatomy, self.scores, replace(self.wish, axes=tuple(widths)), totals_of(anatomy, widths))
+
+    def as_cut(self, points: Sequence[Widths], progress: Progress | None) -> list[dict[str, Any]]:
+        """Loss, and latency where one is asked for, of each shape without any training."""
+        study = Study(self.asked.storage, f"{self.timed if self.asked.latency else cache.key(self.about)} as cut")
+
+        def measure(point: Point) -> dict[str, Any]:
+            return self.judged(cut_copy(self.subject, self.plan(_widths(point))))
+
+        results = study.measure([dict(point) for point in points], measure, say=_said(progress, "shapes"))
+        return [
+            {"widths": dict(point), "parameters": self.size(point), **result}
+            for point, result in zip(points, results, strict=True)
+        ]
+
+    def dense_ms(self) -> float:
+        """What a token takes in the dense model; measured once, as candidates are."""
+        study = Study(self.asked.storage, f"{self.timed} dense")
+        (result,) = study.measure([full(self.subject.anatomy)], lambda _: self.judged(self.subject))
+        return float(result["latency_ms"])
+
+    @property
+    def timed(self) -> str:
+        """Times belong to a machine."""
+        return cache.key({**self.about, "machine": machine()})
+
+    def judged(self, model: Subject) -> dict[str, Any]:
+        return {"loss": self.loss(model)} | ({"latency_ms": latency(model)} if self.asked.latency else {})
+
+    def marks(self) -> list[int]:
+        """Tokens after which candidates are compared: equal parts, in whole steps of the training."""
+        own, asked = self.training(1), self.asked
+        step = own.batch * own.block
+        parts = (-(-asked.rank_tokens * part // (asked.checkpoints * step)) for part in range(1, asked.checkpoints + 1))
+        return [step * steps for steps in dict.fromkeys(parts)]
+
+    def after(self, points: Sequence[Widths], mark: int, progress: Progress | None) -> list[dict[str, Any]]:
+        """Loss of each shape once it was trained on `mark` tokens."""
+        train = self.training(mark)
+        about = cache.key({**self.about, "training": self.deciding(train)})
+        study = Study(self.asked.storage, f"{about} after {mark}")
+        own = cache.key({"about": about, "names": train.sources})  # a training's checkpoints know its texts by name
+        folders = {said(point): cache.cache_dir("search", f"{own} {said(point)}") for point in points}
+        self.folders |= set(folders.values())
+        teacher = self.teacher(train)
+        blocks = recovery_text(self.subject, train, "recovery", count=train.tokens, seed=self.recipe.seed)
+
+        def measure(point: Point) -> dict[str, Any]:
+            widths = _widths(point)
+            small, folder = cut_copy(self.subject, self.plan(widths)), folders[said(widths)]
+            began = time.perf_counter()
+            with cache.held(folder, "this candidate"):
+                found = recover(small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher)
+            seconds = round(time.perf_counter() - began, 1)
+            return {"loss": self.loss(small), "seconds": seconds, "tokens": found.training.tokens}
+
+        return study.measure([dict(point) for point in points], measure, say=_said(progress, f"trained to {mark:,}"))
+
+    def deciding(self, train: Recover) -> dict[str, Any]:
+        """What decides where a candidate's training ends, whatever its teacher and its texts are called."""
+        taught_by = self.taught_by if train.teacher else None
+        texts = [[fingerprint(source), train.mixture.get(source)] for source in train.sources]
+        return {**train.model_dump(mode="json", exclude=FREE), "teacher": taught_by, "texts": texts}
+
+    @cached_property
+    def taught_by(self) -> str:
+        """The fingerprint of the teacher."""
+        named = self.training(1).teacher
+        if named == self.recipe.model:
+            return str(self.subject.source["fingerprint"])
+        return provenance.fingerprint(checkpoint.locate(str(named)))
+
+    def forget(self) -> None:
+        """Drop checkpoints: what they led to is in the study."""
+        for folder in self.folders:
+            cache.drop(folder)
+
+    def training(self, mark: int) -> Recover:
+        """The recovery of the recipe, shortened; its rate stays as it is after warm-up, so that parts are alike."""
+        own = ranking(self.recipe)
+        short = {"tokens": self.asked.rank_tokens, "schedule": "constant", "until": mark, "patience": None}
+        plain = own.distil.model_copy(update=PLAIN)
+        return own.model_copy(update={**short, "report_to": (), "resume": True, "balance": "fixed", "distil": plain})
+
+    def teacher(self, train: Recover) -> Teacher | Subject | None:
+        """The model itself, where it is the one that is named."""
+        if train.teacher is None:
+            return None
+        if self.taught_by == self.subject.source["fingerprint"]:
+            return self.subject
+        return read_teacher(self.recipe.model_copy(update={"recover": train}))
+
+    def loss(self, small: Subject) -> float:
+        """Nats a token. Raises `BrokenModel` when it is not finite."""
+        found = block_losses(small.model, self.text).mean()
+        check_finite("the loss of this shape", found)
+        return round(float(found), 6)
+
+    def size(self, widths: Widths) -> int:
+        return count(self.subject.anatomy, shape_of(self.subject.anatomy, widths))
+
+
+def judges(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
+    """Calibration text that no score has seen. Raises `TextError` when there is none."""
+    read, asked = recipe.calibration, recipe.search
+    assert asked is not None
+    seen = max(read.tokens // read.block, 1)
+    found = tokens.blocks(
+        documents(read.text, "calibration"),
+        subject.tokenizer,
+        block=read.block,
+        tokens=(seen + max(asked.tokens // read.block, 1)) * read.block,
+        seed=recipe.seed,
+    )[seen:]
+    if not len(found):
+        raise TextError(
+            f"the calibration part of {read.text} is used up by {seen * read.block:,} tokens for the scores",
+            "some more, which shapes are judged by",
+            "lower calibration.tokens, or give more text",
+        )
+    return found
+
+
+def latency(subject: Subject) -> float:
+    """Milliseconds a token, written alone, on this machine."""
+    return round(measure_speed(subject.model, **DECODED)[SPEED].value, 3)
+
+
+def _widths(point: Point) -> dict[Unit, int]:
+    return {unit: point[unit] for unit in UNITS if unit in point}
+
+
+def _said(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(what, done, total)
