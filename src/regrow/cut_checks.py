@@ -80,5 +80,5 @@ def check_chosen_by(recipe: Recipe) -> None:
             raise SettingsError(
                 f"task {task} is to choose which layers go, and to measure what is left",
                 "a task that has chosen nothing",
-                f"leave {task} out of evaluate.tasks, or choose by another with --option task=NAME",
+                f"leave {task} out of evaluate.tasks, or choose by another: options.task",
             )

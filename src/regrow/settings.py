@@ -105,7 +105,8 @@ class Search(Part):
     """
 
     method: Literal["grid", "random"] = Field(
-        default="grid", description="grid: shapes that no other exceeds in all; random: by lot among all in the budget"
+        default="grid",
+        description="grid: none that another exceeds in one axis and falls below in no axis; random: by lot among all",
     )
     choices: dict[Axis, tuple[Step, ...]] = Field(
         default_factory=dict,
@@ -120,9 +121,11 @@ class Search(Part):
     candidates: int = Field(default=24, ge=1, description="shapes that are scored as cut; by lot where there are more")
     tokens: int = Field(default=8192, ge=8, description="of calibration text that no score has seen, to judge by")
     top: int = Field(default=4, ge=1, description="how many of them are trained")
-    rank_tokens: int = Field(default=20_000, ge=0, description="tokens each is trained on; 0 = as cut decides")
+    rank_tokens: int = Field(
+        default=20_000, ge=0, description="tokens each is trained on, in whole steps; 0 = as cut decides"
+    )
     checkpoints: int = Field(
-        default=4, ge=1, description="equal parts of that training; the order is judged after each"
+        default=4, ge=1, description="equal parts of that training, a step or more; the order is judged after each"
     )
     halving: bool = Field(default=False, description="after each part the worse half goes")
     stable: float = Field(
