@@ -180,6 +180,42 @@ def test_who_sleeps_here_is_not_buried() -> None:
     assert studies._dead({**HERE, "at": 0, "place": "elsewhere"})
 
 
+def test_a_process_that_ended_and_was_not_taken_leave_of() -> None:
+    """It keeps its number until then."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    assert studies._began(child.pid)
+    until = time.monotonic() + 20
+    while studies._began(child.pid) is not None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert studies._dead({**HERE, "process": child.pid})
+    child.wait()
+
+
+def test_where_nobody_tells_when_a_process_began(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It counts that it lives, and that it was heard of."""
+    monkeypatch.setattr(studies, "PROC", tmp_path)
+    here = studies._sign()
+    assert not studies._dead(here)
+    assert studies._dead({**here, "at": 0})
+    assert studies._dead({**here, "process": 2**22 + 1})
+
+
+def test_a_storage_that_fails_while_work_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign that cannot be written stops nothing."""
+    monkeypatch.setattr(studies, "BEAT", 0.02)
+    study, tried = Study(str(tmp_path / "journal"), "a"), threading.Event()
+    real = study.storage.set_trial_user_attr
+
+    def fail(trial: int, name: str, value: Any) -> None:
+        if name == "worker":
+            tried.set()
+            raise OSError(28, "No space left on device")
+        real(trial, name, value)
+
+    monkeypatch.setattr(study.storage, "set_trial_user_attr", fail)
+    assert study.measure(POINTS[:1], lambda _: {"loss": float(tried.wait(20))}) == [{"loss": 1.0}]
+
+
 def test_work_signs_all_the_while(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "BEAT", 0.02)
     study, signs = Study(storage, "a"), []

@@ -153,13 +153,11 @@ class Study:
     @contextmanager
     def _alive(self, trial: int) -> Iterator[None]:
         """A thread signs the trial while this is open; what it cannot write does not stop the work."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
         over = threading.Event()
 
         def beat() -> None:
             while not over.wait(BEAT):
-                with suppress(OutputError, UpdateFinishedTrialError), _reached():
+                with suppress(Exception):
                     self.storage.set_trial_user_attr(trial, "worker", _sign())
 
         heart = threading.Thread(target=beat, daemon=True)
@@ -198,15 +196,18 @@ def _place() -> str:
 
 
 def _began(process: int) -> str | None:
-    """When a process of this place began, as Linux tells it; elsewhere "". None when it has ended."""
+    """When a process of this place began, as Linux tells it; "" where nobody does; None when it has ended."""
+    if os.name != "posix":
+        return ""  # looking at a process would end it
     try:
-        if not (PROC / "self/stat").exists():
-            os.kill(process, 0)
-            return ""
-        state, *_, began = (PROC / f"{process}/stat").read_text().rpartition(")")[2].split()[:20]
-    except (FileNotFoundError, ProcessLookupError):
+        os.kill(process, 0)
+    except ProcessLookupError:
         return None
     except PermissionError:
+        pass  # somebody else's lives too
+    try:
+        state, *_, began = (PROC / f"{process}/stat").read_text().rpartition(")")[2].split()[:20]
+    except OSError:
         return ""
     return None if state in ("Z", "X") else began
 
@@ -214,11 +215,9 @@ def _began(process: int) -> str | None:
 def _dead(worker: Mapping[str, Any]) -> bool:
     """Whether a worker has ended, as far as this process can see, or else was silent for long."""
     if worker["place"] == _place():
-        began = _began(worker["process"])
-        if began != worker["began"]:
-            return True
-        if began:
-            return False
+        now, then = _began(worker["process"]), worker["began"]
+        if now is None or (now and then):
+            return bool(now != then)
     return bool(time.time() - worker["at"] > QUIET)
 
 
