@@ -131,8 +131,10 @@ def rank(trials: Trials, points: Sequence[Widths], progress: Progress | None) ->
         left = alive[: max(1, len(alive) // 2) if asked.halving else None]
         if len(left) < 2:
             break
-    few = f", in {len(marks)} checkpoints since a step takes {marks[0]:,}" if len(marks) < asked.checkpoints else ""
-    return rows, f"the best was trained on {mark:,}{few}"
+    end = f"the best was trained on {mark:,}"
+    if len(marks) < asked.checkpoints:
+        end += f"; steps of {marks[0]:,} leave {len(marks)} of {asked.checkpoints} checkpoints"
+    return rows, end
 
 
 def _best(ranked: Sequence[Row]) -> Widths:

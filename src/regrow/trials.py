@@ -124,7 +124,7 @@ class Trials:
         folders = {said(point): cache.cache_dir("search", f"{own} {said(point)}") for point in points}
         self.folders |= set(folders.values())
         teacher = self.teacher(train)
-        blocks = recovery_text(self.subject, train, "recovery", count=train.tokens, seed=self.recipe.seed)
+        blocks = recovery_text(self.subject, train, "recovery", count=self.marks()[-1], seed=self.recipe.seed)
 
         def measure(point: Point) -> dict[str, Any]:
             widths = _widths(point)
