@@ -17,6 +17,7 @@ from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy, Costs, Shape, costs
 from regrow.artifacts.share import ZERO_SPREADS
+from regrow.artifacts.space import space_of
 from regrow.cut_checks import chosen_criteria
 from regrow.engines import head, likelihood, products, tasks
 from regrow.engines.bind import bind
@@ -55,6 +56,7 @@ def dry_run(recipe: Recipe, *, gflops: float | None = None, trust_remote_code: b
     recipe = fitted(recipe, anatomy)
     wish = check_words(recipe)
     if wish is not None and recipe.search is not None:
+        space_of(anatomy, recipe.axes, recipe.search.choices, recipe.divisors)
         wish = replace(wish, uniform=True)
     if recipe.sparsify is not None:
         sparsify.check_shapes(anatomy, recipe.sparsify)

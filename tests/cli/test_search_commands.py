@@ -88,6 +88,7 @@ def test_an_estimate_of_a_shape(regrow: Command, refused: Refused, sprout_dir: P
     assert done.code == 0, done.err
     assert {layer[2] for layer in done.json["shape"]["layers"]} == {200}
     refused(*asked, "shape={neuron: 99999}", says=("neuron=99999", "352 neurons", "1 to 352"))
+    refused(*asked, "search.choices={neuron: [99999]}", says=("choices [99999] of neurons", "1 to 352"))
 
 
 @pytest.mark.parametrize(
