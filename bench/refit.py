@@ -31,7 +31,10 @@ from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan
 
 CRITERIA = ("activation", "taylor-second")
-TRIED = [(tokens, 0.03) for tokens in (2048, 4096, 8192, 16384, 32768)] + [(16384, 0.003), (16384, 0.01), (16384, 0.1)]
+TRIED = [
+    *((tokens, None) for tokens in (2048, 4096, 8192, 16384, 32768)),
+    *((tokens, damping) for tokens in (4096, 16384) for damping in (0.03, 0.1, 0.3)),
+]
 
 
 def main() -> None:
@@ -59,7 +62,7 @@ def main() -> None:
                 lambda: {"perplexity": measured(subject.model, ids), "heldout": measured(subject.model, heldout)},
             ),
             *(
-                job(f"held out {count} damped {damping:g}", partial(tried, subject, heldout, count, damping))
+                job(f"held out {count} damped {damping or 'found'}", partial(tried, subject, heldout, count, damping))
                 for count, damping in TRIED
             ),
             *(
@@ -75,7 +78,7 @@ def main() -> None:
     )
 
 
-def tried(subject: Subject, heldout: Any, tokens: int, damping: float) -> dict[str, Any]:
+def tried(subject: Subject, heldout: Any, tokens: int, damping: float | None) -> dict[str, Any]:
     """Perplexity of the default cut on held-out demo text."""
     return fitted(subject, heldout, ("taylor-second", ("neuron",), 0), Refit(tokens=tokens, damping=damping))
 
@@ -97,7 +100,8 @@ def fitted(subject: Subject, ids: Any, way: tuple[str, tuple[Unit, ...], int], a
         with cut(subject, plan) as small:
             after = measured(small, ids)
     errors = [sum(getattr(x, when) for x in found) / len(found) for when in ("before", "after")]
-    return {"as_cut": before, "refitted": after, "errors": errors, "seed": seed}
+    chosen = [x.damping if math.isfinite(x.damping) else "as it was" for x in found]
+    return {"as_cut": before, "refitted": after, "errors": errors, "damping": chosen, "seed": seed}
 
 
 def measured(model: Any, ids: Any) -> float:

@@ -130,7 +130,7 @@ def refitted(data: dict[str, Any]) -> str:
     about = (
         f"Perplexity at {asked['keep']} of the decoder weights, no training, as cut and with what reads the cut "
         f"heads and neurons fitted anew on {asked['defaults']['tokens']:,} tokens of calibration text, damped by "
-        f"{asked['defaults']['damping']:g}; ends kept whole; dense {rows['dense']['perplexity']:.2f}. Error: "
+        f"what does best between its halves; ends kept whole; dense {rows['dense']['perplexity']:.2f}. Error: "
         "relative, of the outputs of those linears on that text, mean.\n\n"
     )
     gains = []

@@ -504,7 +504,7 @@ def test_what_reads_the_cut_units_is_refitted(recipe: Make, tmp_path: Path) -> N
     assert after < before
     losses = [[m.value for name, m in found.after.items() if name.endswith("perplexity")] for found in (report, plain)]
     assert losses[0][0] < losses[1][0]
-    assert report.made_by["refit"] == {"tokens": 4096, "damping": 0.03}
+    assert report.made_by["refit"] == {"tokens": 4096, "damping": None}
 
 
 def test_where_nothing_can_be_refitted(

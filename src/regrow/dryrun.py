@@ -174,8 +174,11 @@ def refit_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) ->
     if recipe.refit is None:
         return []
     tokens, layers, width, most = (recipe.refit.tokens, *(anatomy.sizes[letter] for letter in "LCF"))
-    held = 4 * (dense.parameters + tokens * width + 3 * most**2)
-    flops, solving = 3 * dense.flops_per_token + 2 * layers * most**2, layers * (most**3 + 4 * width * most**2)
+    held = 4 * (dense.parameters + tokens * width + 6 * most**2)
+    flops, solving = (
+        3 * dense.flops_per_token + 2 * layers * most**2,
+        layers * 16 * (most**3 // 3 + 4 * width * most**2),
+    )
     return [_row("refit", tokens, flops, held, gflops, solving)]
 
 

@@ -41,11 +41,12 @@ class Refit(Part):
     """
 
     tokens: int = Field(default=16_384, ge=1, description="how many tokens are read; several for each input")
-    damping: float = Field(
-        default=0.03,
-        ge=0,
+    damping: float | None = Field(
+        default=None,
+        gt=0,
         allow_inf_nan=False,
-        description="what is added to the inputs' Gram matrix, as a share of its mean diagonal",
+        description="how strongly weights are held where they were, in means of the inputs' squares; null = of every "
+        "linear what does best when it is fitted on one half of the text and judged on the other",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 
 from models import VOCAB, anatomy_of, cut, families, make, plan
 from regrow.artifacts.budget import Budget
-from regrow.artifacts.curvature import Curvature
 from regrow.artifacts.family import Unit
+from regrow.artifacts.least_squares import onto, onto_by_halves
 from regrow.artifacts.plan import Plan
 from regrow.engines.perplexity import block_losses
 from regrow.engines.refit import INSIDE, refit, said
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks
-from regrow.errors import BrokenModel, SettingsError
+from regrow.errors import BrokenModel, SettingsError, TextError
 from regrow.stages.apply import apply
 from regrow.stages.load import load
 from regrow.stages.plan import Wish, make_plan
@@ -43,24 +44,42 @@ def some(kind: str, *units: Unit) -> Plan:
 def test_by_hand() -> None:
     """y = x1 + x2, and x2 is always 2 x1: without x2, y = 3 x1. A third input, apart from both, is left as it was."""
     inputs = torch.tensor([[1.0, 2.0, 0.0], [-2.0, -4.0, 0.0], [0.0, 0.0, 5.0]])  # (N, n)
-    found = Curvature(inputs.T @ inputs, damping=0.0).onto(
-        torch.tensor([[1.0, 1.0, 7.0]]), torch.tensor([True, False, True])
-    )
-    assert torch.allclose(found, torch.tensor([[3.0, 0.0, 7.0]]))
+    weight, kept, gram = torch.tensor([[1.0, 1.0, 7.0]]), torch.tensor([True, False, True]), inputs.T @ inputs
+    assert torch.allclose(onto(weight, gram, kept, 0.0), torch.tensor([[3.0, 0.0, 7.0]]))
+    halfway = onto(weight, gram, kept, 5.0)  # x1 has squares of 5 in all: as much pull as there is to see
+    assert torch.allclose(halfway, torch.tensor([[2.0, 0.0, 7.0]]))
+    assert torch.allclose(onto(weight, gram, kept, 1e9), weight * kept)
 
 
 def test_inputs_that_say_the_same_twice() -> None:
     """Singular but for damping; what is left out costs nothing then."""
     inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).repeat(1, 2)  # (40, 6)
     weight = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
-    gram = Curvature(inputs.T @ inputs, damping=1e-6)
     kept = torch.tensor([True, True, True, True, False, False])
-    found = gram.onto(weight, kept)
+    found = onto(weight, inputs.T @ inputs, kept, 1e-4)
     assert torch.allclose(inputs @ found.T, inputs @ weight.T, atol=1e-3)
     assert not found[:, 4:].any()
-    dull = Curvature(torch.full((2, 2), torch.nan), damping=0.0)
     with pytest.raises(BrokenModel, match="singular"):
-        dull.onto(weight[:, :2], torch.tensor([True, False]))
+        onto(weight[:, :2], torch.full((2, 2), torch.nan), torch.tensor([True, False]), 0.0)
+
+
+def test_how_far_weights_may_go_is_found() -> None:
+    """Little where inputs that stay say much of those that go; where they say nothing, all stays as it was."""
+    source = torch.Generator().manual_seed(0)
+    weight, kept = torch.randn(8, 40, generator=source), torch.arange(40) < 30
+
+    def halves(related: float, tokens: int) -> list[Tensor]:
+        mix = torch.randn(40, 40, generator=source) * related + torch.eye(40)
+        rows = [torch.randn(tokens, 40, generator=source) @ mix for _ in range(2)]
+        return [x.T @ x for x in rows]
+
+    _, much = onto_by_halves(weight, halves(1.0, 2000), kept, None)
+    _, some = onto_by_halves(weight, halves(1.0, 60), kept, None)
+    plain, none = onto_by_halves(weight, halves(0.0, 20), kept, None)
+    assert much < some < none
+    assert none == math.inf
+    assert torch.equal(plain, weight * kept)
+    assert onto_by_halves(weight, halves(1.0, 60), kept, 0.7)[1] == 0.7
 
 
 def test_a_neuron_that_has_a_twin_is_not_missed() -> None:
@@ -140,9 +159,10 @@ def test_every_family(kind: str) -> None:
     kept = some(kind, *units)  # type: ignore[arg-type]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     anatomy = anatomy_of(model)
-    found = refit(model, anatomy, kept, text(64), damping=0.01)
+    found = refit(model, anatomy, kept, text(64))
     assert found
-    assert all(0 <= x.after < x.before for x in found)
+    assert all(0 <= x.after <= x.before for x in found)
+    assert sum(x.after < x.before for x in found) > len(found) / 2
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"{x.name}.weight" for x in found}
     assert cut(model, kept).error() <= 1e-5
@@ -168,7 +188,7 @@ def test_it_regains_a_part_of_the_loss(sprout_dir: Path) -> None:
         for fits in (False, True):
             subject = load(str(sprout_dir))
             if fits:
-                refit(subject.model, subject.anatomy, kept, ids, damping=0.03)
+                refit(subject.model, subject.anatomy, kept, ids)
             apply(subject, kept)
             losses.append(float(block_losses(subject.model, held).mean()))
         dense, plain, fitted = losses
@@ -186,6 +206,11 @@ def test_inputs_that_are_not_finite() -> None:
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.inf
     with pytest.raises(BrokenModel, match=r"layers\.0\.mlp\.down_proj"):
         refit(model, anatomy_of(model), some("llama", "neuron"), text(), damping=0.01)
+
+
+def test_one_block_has_no_halves() -> None:
+    with pytest.raises(TextError, match="refit on one block"):
+        refit(make("llama"), anatomy_of(make("llama")), some("llama", "neuron"), text(1))
 
 
 def test_both_branches_are_known() -> None:

@@ -63,10 +63,7 @@ class Curvature:
             if not int(inverse_root(self.gram, found)):
                 return found
             self._raise()
-        raise self._singular()
-
-    def _singular(self) -> BrokenModel:
-        return BrokenModel(
+        raise BrokenModel(
             f"the inputs' Gram matrix is singular even with a damping of {self.raised / 10:g}",
             "finite, varied inputs",
             "calibrate on more or other text",
@@ -96,23 +93,6 @@ class Curvature:
     def inverse_diagonal(self) -> torch.Tensor:
         """(n,) diagonal of gram^-1."""
         return self.factor.square().sum(0)
-
-    def onto(self, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:  # (m, n), (n,) bool -> (m, n)
-        """The weights on `kept` inputs alone whose outputs are nearest to those of `weight` on all; 0 elsewhere.
-
-        With the damping: W G[:, S] G[S, S]^-1, so weights that are left no input do not run off. Raises `BrokenModel`.
-        """
-        import torch
-
-        places = kept.nonzero().squeeze(1)
-        for _ in range(STEPS):
-            root, bad = torch.linalg.cholesky_ex(self.gram[places][:, places])
-            if not int(bad):
-                found = torch.zeros_like(weight)
-                found[:, places] = torch.cholesky_solve((weight @ self.gram[:, places]).T, root).T
-                return found
-            self._raise()
-        raise self._singular()
 
     def size(self, weight: torch.Tensor) -> float:
         """|W X|^2 = tr(W G W^T) of weights (m, n) on the undamped inputs; by symmetry, half of the product."""

@@ -3,11 +3,13 @@
 Units that stay know something of those that go, so the linear behind them can make up for a part (channel pruning by
 least squares, arXiv:1707.06168). It is the last linear of attention and of the MLP, in every layer that loses heads or
 neurons, on what the cut layers before it give; weights change in the intact model, which is then proved and sliced as
-any other. What this gives up: what channels and layers carried that go; two forward passes of every layer, or three.
+any other. How far weights may go is found by halves of the text, unless it is said. What this gives up: what channels
+and layers carried that go; two forward passes of every layer, or three.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,16 +19,18 @@ from torch import Tensor, nn
 
 from regrow.artifacts.curvature import Curvature
 from regrow.artifacts.family import Branch, Unit
+from regrow.artifacts.least_squares import onto_by_halves
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy
 from regrow.engines.gates import Gates, LayerGates, expand, from_plan, gated
-from regrow.engines.inputs import Observer
+from regrow.engines.inputs import Observer, Reading
 from regrow.engines.removal import enter, run_layer
 from regrow.engines.room import give_back
 from regrow.engines.walk import check_finite
-from regrow.errors import SettingsError
+from regrow.errors import SettingsError, TextError
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
+SEVERAL = 8  # tokens for each input; with fewer much of what is fitted is chance
 INSIDE: tuple[tuple[str, tuple[Unit, ...]], ...] = (("attention", ("group", "head")), ("mlp", ("neuron",)))
 
 
@@ -39,6 +43,7 @@ class Refitted:
     after: float
     tokens: int
     inputs: int  # how many stay
+    damping: float  # as a share of the mean diagonal; infinite where the weights stay as they were
 
 
 def check_refit(anatomy: Anatomy, plan: Plan) -> None:
@@ -59,14 +64,17 @@ def refit(
     plan: Plan,
     blocks: Tensor,  # (n, T) int64
     *,
-    damping: float,
+    damping: float | None = None,
     progress: Progress | None = None,
 ) -> list[Refitted]:
     """Change the weights of `model` behind the units that `plan` drops, in place; they are the best for those it keeps.
 
-    Raises `SettingsError` (see `check_refit`), `BrokenModel` for inputs that are not finite or all the same.
+    `damping` None: of every linear the one that does best between halves of the text. Raises `SettingsError` (see
+    `check_refit`), `TextError` for a single block, `BrokenModel` for inputs that are not finite or all the same.
     """
     check_refit(anatomy, plan)
+    if len(blocks) < 2:
+        raise TextError("refit on one block of text", "two at least", "read more tokens, or shorter blocks")
     gates = from_plan(anatomy, plan)
     layers = list(model.get_submodule(anatomy.family.layers).children())
     with gated(model, anatomy, _only(gates)):
@@ -81,10 +89,9 @@ def refit(
             if which is None:
                 continue
             whole = replace(gates.layers[i], **dict.fromkeys(units))
-            with gated(model, anatomy, _only(gates, i, whole)), Observer(layer, "gram", sites=[own.site]) as observer:
-                for k in range(len(stream)):
-                    run_layer(layer, stream[k : k + 1], *calls[i])
-            found.append(_fit(layer, own, f"{anatomy.family.layers}.{i}", observer, which, damping))
+            with gated(model, anatomy, _only(gates, i, whole)):
+                halves = [_read(layer, own.site, stream, calls[i], first) for first in (0, 1)]
+            found.append(_fit(layer, own, f"{anatomy.family.layers}.{i}", halves, which, damping))
             give_back()
         with gated(model, anatomy, _only(gates, i, gates.layers[i])):
             for k in range(len(stream)):
@@ -116,16 +123,29 @@ def _staying(anatomy: Anatomy, gates: LayerGates, index: int, branch: str) -> Te
     return None if bool(which.all()) else which > 0
 
 
-def _fit(layer: nn.Module, branch: Branch, prefix: str, observer: Observer, which: Tensor, damping: float) -> Refitted:
-    name, reading = f"{prefix}.{branch.site}", observer.readings[branch.site]
+def _read(layer: nn.Module, site: str, stream: Tensor, call: Any, first: int) -> Reading:
+    """What every second sequence brings to the linear at `site`."""
+    with Observer(layer, "gram", sites=[site]) as observer:
+        for k in range(first, len(stream), 2):
+            run_layer(layer, stream[k : k + 1], *call)
+    return observer.readings[site]
+
+
+def _fit(
+    layer: nn.Module, branch: Branch, prefix: str, halves: Sequence[Reading], which: Tensor, damping: float | None
+) -> Refitted:
+    name, tokens = f"{prefix}.{branch.site}", sum(half.tokens for half in halves)
     weight: Tensor = layer.get_submodule(branch.site).weight  # type: ignore[assignment]
-    curvature = Curvature(reading.take_gram(), damping)
-    check_finite(f"inputs of {name}", reading.squares)
+    grams = [half.take_gram() for half in halves]  # (n, n) each
+    for half in halves:
+        check_finite(f"inputs of {name}", half.squares)
     dense, which = weight.float(), which.to(weight.device)
-    fitted, whole = curvature.onto(dense, which), curvature.size(dense) or 1.0
+    fitted, chosen = onto_by_halves(dense, grams, which, damping)
+    curvature = Curvature(grams[0] + grams[1])
+    whole = curvature.size(dense) or 1.0
     errors = [curvature.size(other - dense) / whole for other in (dense * which, fitted)]
     weight.copy_(fitted)
-    return Refitted(name, errors[0], errors[1], reading.tokens, int(which.sum()))
+    return Refitted(name, errors[0], errors[1], tokens, int(which.sum()), chosen)
 
 
 def said(found: Sequence[Refitted]) -> tuple[str, ...]:
@@ -135,7 +155,9 @@ def said(found: Sequence[Refitted]) -> tuple[str, ...]:
     before, after = (sum(getattr(x, when) for x in found) / len(found) for when in ("before", "after"))
     tokens, most = found[0].tokens, max(x.inputs for x in found)
     what = f"{len(found)} linears behind what went were refitted on {tokens:,} tokens"
-    notes = [f"{what}: mean relative error of their outputs {before:.3f}, then {after:.3f}"]
-    if tokens < most:
-        notes.append(f"refit: {tokens:,} tokens for up to {most:,} inputs say little of what they do together")
+    left = sum(math.isinf(x.damping) for x in found)
+    plain = f"; {left} of them stay as they were, which did best" if left else ""
+    notes = [f"{what}: mean relative error of their outputs {before:.3f}, then {after:.3f}{plain}"]
+    if tokens < SEVERAL * most:
+        notes.append(f"refit: {tokens:,} tokens for up to {most:,} inputs are few: {SEVERAL} for each are better")
     return tuple(notes)
