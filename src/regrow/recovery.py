@@ -90,6 +90,13 @@ class Distil(Part):
         description="peak rate of LoRA in the teacher, which learns beside the student; null = it stays as it is",
     )
     online_rank: int = Field(default=8, ge=1, description="of that LoRA")
+    online_pull: float = Field(
+        default=1,
+        ge=0,
+        allow_inf_nan=False,
+        description="how heavily the student's predictions weigh in what the teacher learns, beside the text's next "
+        "token; 0 = it is corrected beside its student",
+    )
 
 
 class Recover(Part):

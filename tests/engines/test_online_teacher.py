@@ -43,9 +43,8 @@ def pair(kind: str = "llama", **changes: Any) -> tuple[Any, Any]:
 
 
 def online(teacher: Any, rate: float = 1e-2, **changes: Any) -> FromOnlineTeacher:
-    return FromOnlineTeacher(
-        teacher, kl(), online=Online(rate, changes.pop("rank", 2), changes.pop("seed", 0)), **changes
-    )
+    way = Online(rate, changes.pop("rank", 2), changes.pop("seed", 0), changes.pop("pull", 1.0))
+    return FromOnlineTeacher(teacher, kl(), online=way, **changes)
 
 
 def stirred(goal: FromOnlineTeacher) -> FromOnlineTeacher:
@@ -98,16 +97,17 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 10**6], ids=["pieces", "whole"])
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_each_has_its_own_gradient(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int) -> None:
-    """From whole logits: the student's loss moves the student alone, the teacher's its adapters alone."""
+@pytest.mark.parametrize(("kind", "pull"), [("llama", 1.0), ("gemma2", 1.0), ("llama", 0.5), ("llama", 0.0)])
+def test_each_has_its_own_gradient(monkeypatch: pytest.MonkeyPatch, kind: str, pull: float, rows: int) -> None:
+    """From whole logits: the student's loss moves the student alone, the teacher's its adapters alone; without a pull
+    the teacher learns the text alone."""
     student, teacher = pair(kind)
-    goal = stirred(online(teacher))
+    goal = stirred(online(teacher, pull=pull))
     monkeypatch.setattr(heads, "NUMBERS", rows * student.config.vocab_size)
     ours = student(input_ids=ids(), use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
     theirs = teacher(input_ids=ids(), use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
     lowered = kl_div(ours, theirs.detach(), log_target=True, reduction="batchmean")
-    taught = kl_div(theirs, ours.detach(), log_target=True, reduction="batchmean")
+    taught = pull * kl_div(theirs, ours.detach(), log_target=True, reduction="batchmean")
     said = cross_entropy(theirs.view(*ids().shape, -1)[:, :-1].flatten(0, 1), ids()[:, 1:].flatten())
     (lowered + taught + said).backward()
     mine, others = gradients(student), gradients(teacher)
@@ -258,7 +258,7 @@ def test_adapters_that_are_lost_are_missed(tmp_path: Path) -> None:
     assert not same(weights(again[0]), weights(whole[0]))
 
 
-@pytest.mark.parametrize("change", [{"rate": 2e-2}, {"rank": 4}, {"seed": 1}], ids=str)
+@pytest.mark.parametrize("change", [{"rate": 2e-2}, {"rank": 4}, {"seed": 1}, {"pull": 0.0}], ids=str)
 def test_another_way_is_another_run(tmp_path: Path, change: dict[str, Any]) -> None:
     train(tiny(), patterns(), settings(), folder=tmp_path, loss=online(tiny()).objective)
     with pytest.raises(SettingsError, match=r"who learns too: rank 2 at 0\.01 from seed 0"):
@@ -267,11 +267,11 @@ def test_another_way_is_another_run(tmp_path: Path, change: dict[str, Any]) -> N
 
 def test_the_words_of_a_recipe_reach_it() -> None:
     student, teacher = make("llama"), make("llama")
-    asked = Recover(teacher="there", distil={"online_rate": 0.002, "online_rank": 3, "text": 0.5, "states": [1]})
+    asked = Recover(teacher="there", distil={"online_rate": 0.002, "online_rank": 3, "online_pull": 0.5, "text": 0.5, "states": [1]})
     goal = learning_from(teacher, student, asked, 7)
     assert isinstance(goal.loss, FromOnlineTeacher)
     assert {min(adapter.shape) for adapter in goal.loss.adapters} == {3}
-    assert (goal.loss.rate, goal.loss.text) == (0.002, 0.5)
+    assert (goal.loss.rate, goal.loss.pull, goal.loss.text) == (0.002, 0.5, 0.5)
     assert goal.loss.matcher is not None
     assert [group["lr"] for group in goal.apart] == [0.002]
     drawn = [next(iter(learning_from(make("llama"), student, asked, seed).loss.adapters)) for seed in (7, 7, 8)]

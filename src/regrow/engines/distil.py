@@ -157,19 +157,29 @@ class FromTeacher:
         return Pass(counting(final, mask), head, heard)
 
     def predictions(
-        self, known: Head, head: Head, theirs: Tensor, ours: Tensor, *, following: Tensor, text: float
+        self,
+        known: Head,
+        head: Head,
+        theirs: Tensor,
+        ours: Tensor,
+        *,
+        following: Tensor,
+        text: float,
+        weight: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Divergence of who learns (`head` of `ours`) from who is learnt from (`known` of `theirs`), and so much of the
-        next token beside it, in one go through the vocabulary; states are (n, C), tokens that are `following` (n,).
-        Gradients go to who learns alone.
+        """`weight` times the divergence of who learns (`head` of `ours`) from who is learnt from (`known` of `theirs`),
+        and so much of the next token beside it, in one go through the vocabulary; states are (n, C), tokens that are
+        `following` (n,). Gradients go to who learns alone.
         """
         rows = min(len(head.weight), len(known.weight))
         head, known = head.first(rows), known.first(rows)
 
         def measure(logits: Tensor, piece: slice) -> Tensor:  # (p,)
+            if not weight:
+                return logits.new_zeros(len(logits))
             with torch.no_grad():
                 expected = known.logits(theirs[piece].to(known.weight.dtype))
-            return self.divergence.measure(expected, logits, **self.options)
+            return weight * self.divergence.measure(expected, logits, **self.options)
 
         return predictions(head, ours, following, measure, text)
 

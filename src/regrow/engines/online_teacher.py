@@ -1,8 +1,10 @@
 """A teacher that comes to meet its student: adapters in it learn beside the student, its own weights stay: OKD.
 
-In every step the student lowers its distance from the teacher, and the teacher its loss of the next token and its
-distance from the student; each takes the other as it is. Which modules and weights the paper has is not known here:
-they are LoRA on every linear of the layers, and 1 (arXiv:2409.12512). The loss on record is the student's.
+In every step the student lowers its distance from the teacher, and the teacher its loss of the next token and `pull`
+times its distance from the student; each takes the other as it is. Which modules and weights the paper has is not known
+here: they are LoRA on every linear of the layers, and 1 (arXiv:2409.12512). Without a pull the teacher learns the text
+alone: it is corrected beside its student instead of before (Minitron, arXiv:2408.11796). The loss on record is the
+student's.
 What this gives up: a teacher without gradients, and with it memory and time; one that is as it was afterwards.
 """
 
@@ -23,11 +25,13 @@ from regrow.engines.packed import learnt
 
 
 class Online(NamedTuple):
-    """How a teacher learns: adapters of `rank`, drawn from `seed`, at the peak rate `rate`."""
+    """How a teacher learns: adapters of `rank`, drawn from `seed`, at the peak rate `rate`; how heavily the student's
+    predictions weigh beside the next token."""
 
     rate: float
     rank: int = 8
     seed: int = 0
+    pull: float = 1.0
 
 
 class FromOnlineTeacher(FromTeacher):
@@ -48,11 +52,11 @@ class FromOnlineTeacher(FromTeacher):
         matcher: Matcher | None = None,
     ) -> None:
         super().__init__(teacher, divergence, options, text=text, matcher=matcher)
-        rate, rank, seed = online
+        rate, rank, seed, self.pull = online
         adapted = add_adapters(teacher, rank=rank, alpha=2 * rank, dropout=0.0, seed=seed).eval()
         self.adapters = nn.ParameterList(p for p in adapted.parameters() if p.requires_grad)
         self.rate = rate
-        self.__name__ += f", who learns too: rank {rank} at {rate:g} from seed {seed}"
+        self.__name__ += f", who learns too: rank {rank} at {rate:g} from seed {seed}, pulled by {self.pull:g}"
 
     @property
     def objective(self) -> Objective:
@@ -70,7 +74,7 @@ class FromOnlineTeacher(FromTeacher):
             return answer
         loss, parts = answer if isinstance(answer, tuple) else (answer, {})
         taught, also = self.predictions(
-            own.head, told.head, own.states, told.states, following=targets(batch), text=1.0
+            own.head, told.head, own.states, told.states, following=targets(batch), text=1.0, weight=self.pull
         )
         theirs = {f"teacher_{name}": value for name, value in also.items()}
         return loss + (taught - taught.detach()), {**parts, **theirs}  # the teacher's gradients, the student's number

@@ -295,8 +295,8 @@ def learning_from(teacher: Any, student: Any, settings: Recover, seed: int) -> O
     if asked.online_rate is None:
         goal = FromTeacher(teacher, loss, asked.options, **also).objective
     else:
-        rate, rank = asked.online_rate, asked.online_rank
-        goal = FromOnlineTeacher(teacher, loss, asked.options, online=Online(rate, rank, seed), **also).objective
+        online = Online(asked.online_rate, asked.online_rank, seed, asked.online_pull)
+        goal = FromOnlineTeacher(teacher, loss, asked.options, online=online, **also).objective
     if not asked.on_policy:
         return goal
     tokens = min(len(model.get_input_embeddings().weight) for model in (teacher, student))
