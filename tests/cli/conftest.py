@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prompt import WORDS, Command, Done, Refused, Sparsifier, tree
+from prompt import NARROW, WORDS, Command, Done, Refused, Sparsifier, tree
 
 from regrow.cli.main import main
 
@@ -100,3 +100,12 @@ def sparsify(regrow: Command, tale: Path, tmp_path: Path) -> Sparsifier:
         return tmp_path / out, done
 
     return call
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, sprout_dir: Path) -> Path:
+    """Sprout with fewer neurons."""
+    out = tmp_path_factory.mktemp("narrow") / "cut"
+    asked = ("prune", sprout_dir, *NARROW, "--text", "none", "--out", out, "--quiet")
+    assert main([str(a) for a in asked]) == 0
+    return out

@@ -8,17 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from prompt import Command, Refused
+from prompt import FEW, Command, Refused
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from regrow.cache import cache_dir
-
-FEW = ("--tokens", 2048, "--set", "recover.block=64", "--set", "recover.batch=4", "--text", "none")
-NARROW = ("--keep", "70%", "--axes", "neuron", "--uniform", "--criterion", "magnitude", "--divisors", "neuron=8")
-
 
 RELATIONS = tuple(
     part
@@ -31,17 +27,6 @@ RELATIONS = tuple(
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are continued by other tests."""
     monkeypatch.setattr("regrow.run.write_samples", lambda *seen: ["" for _ in seen[2]])
-
-
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory, sprout_dir: Path) -> Path:
-    """Sprout with fewer neurons."""
-    from regrow.cli.main import main
-
-    out = tmp_path_factory.mktemp("narrow") / "cut"
-    asked = ("prune", sprout_dir, *NARROW, "--text", "none", "--out", out, "--quiet")
-    assert main([str(a) for a in asked]) == 0
-    return out
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -267,7 +267,9 @@ def test_another_way_is_another_run(tmp_path: Path, change: dict[str, Any]) -> N
 
 def test_the_words_of_a_recipe_reach_it() -> None:
     student, teacher = make("llama"), make("llama")
-    asked = Recover(teacher="there", distil={"online_rate": 0.002, "online_rank": 3, "online_pull": 0.5, "text": 0.5, "states": [1]})
+    asked = Recover(
+        teacher="there", distil={"online_rate": 0.002, "online_rank": 3, "online_pull": 0.5, "text": 0.5, "states": [1]}
+    )
     goal = learning_from(teacher, student, asked, 7)
     assert isinstance(goal.loss, FromOnlineTeacher)
     assert {min(adapter.shape) for adapter in goal.loss.adapters} == {3}
