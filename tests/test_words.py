@@ -84,6 +84,24 @@ def test_a_recipe_is_complete_and_travels() -> None:
     assert set(written["recover"]) >= {"method", "tokens", "rank", "schedule"}
 
 
+@pytest.mark.parametrize(
+    ("url", "written"),
+    [
+        ("postgresql://me:secret@host:5432/name", "postgresql://me:***@host:5432/name"),
+        ("postgresql+psycopg://me:se:cr@host/name", "postgresql+psycopg://me:***@host/name"),
+        ("postgresql://me@host/name", "postgresql://me@host/name"),
+        ("sqlite:///study:1@home.db", "sqlite:///study:1@home.db"),
+        ("study.journal", "study.journal"),
+    ],
+)
+def test_no_password_is_written_down(url: str, written: str) -> None:
+    """It reaches the storage all the same."""
+    recipe = parse({"search": {"storage": url}})
+    assert recipe.search is not None
+    assert recipe.search.storage == url
+    assert yaml.safe_load(dump(recipe))["search"]["storage"] == written
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe().keep = "5%"  # type: ignore[misc]

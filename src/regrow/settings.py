@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_serializer, model_validator
 
 from regrow.errors import InputError, SettingsError, UnknownName, guess
 from regrow.recovery import Distil, Part, Recover
@@ -19,6 +19,11 @@ from regrow.recovery import Distil, Part, Recover
 Axis = Literal["layer", "group", "head", "neuron", "channel"]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Step = Annotated[int, Field(ge=1)]
+
+
+def hidden(url: str) -> str:
+    """A URL without its password."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 class Calibration(Part):
@@ -140,6 +145,11 @@ class Search(Part):
         description="of the study, to share it: a file, or a database as sqlite:///FILE, postgresql://...; null = the "
         "cache",
     )
+
+    @field_serializer("storage")
+    def _no_password(self, storage: str | None) -> str | None:
+        """What is written down may be read by anybody."""
+        return None if storage is None else hidden(storage)
 
 
 class Evaluate(Part):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow.cache import cache_dir
 from regrow.errors import BrokenModel, OutputError, SettingsError
+from regrow.settings import hidden
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -251,7 +252,7 @@ def _held(storage: str | None) -> Any:
         return _database(where) if "://" in where else _file(Path(where).expanduser())
     except Exception as error:  # whatever a driver of a database raises
         raise SettingsError(
-            f"study storage {where!r} cannot be opened: {str(error).splitlines()[0]}",
+            f"study storage {hidden(where)!r} cannot be opened: {hidden(str(error).splitlines()[0])}",
             "a file that can be written, or the URL of a database, such as sqlite:///FILE or postgresql://USER@HOST/NAME",
             "correct search.storage; databases want their driver installed",
         ) from error

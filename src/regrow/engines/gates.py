@@ -73,7 +73,7 @@ def _binary(anatomy: Anatomy, unit: Unit, kept: tuple[int, ...]) -> Tensor | Non
         raise UnsupportedModel(
             f"the plan keeps {len(kept)} of {size} {unit}s of a {anatomy.model_type} model",
             f"{', '.join(anatomy.supported)} ({anatomy.family.refuses[unit]})",
-            f"make a plan without --axes {unit}",
+            f"leave {unit} out of the axes",
         )
     return torch.zeros(size).index_fill_(0, torch.tensor(kept, dtype=torch.long), 1.0)
 
