@@ -65,7 +65,8 @@ def check_folder(out: Path) -> str:
     """Everything a user needs is there, says one thing, and loads; returns what kind of checkpoint it is."""
     names, report = {path.name for path in out.iterdir()}, read_report(out)
     remote = report.model["holder"] == "heterogeneous"
-    assert names == FILES | ({"modeling_regrow.py"} if remote else set())
+    beside = {"modeling_regrow.py": remote, "train.jsonl": report.training}
+    assert names == FILES | {name for name, there in beside.items() if there}
     plan = Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
     recipe = Recipe(**yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8")))
     assert recipe.model_dump(mode="json").items() <= {**report.made_by, "name": recipe.name}.items()

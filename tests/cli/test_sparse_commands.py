@@ -27,7 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regrow.artifacts.pattern import Pattern
 from regrow.engines import checkpoint
 from regrow.engines.packed import Packed
+from regrow.engines.train import TrainResult
 from regrow.errors import BrokenModel
+from regrow.stages.recover import Recovered
 
 ENDS = ("q", "k", "v", "o", "gate", "up", "down")
 TRAIN = ("--tokens", 512, "--set", "recover.block=64", "--set", "recover.batch=2", "--rank", 8, "--text", "none")
@@ -527,7 +529,8 @@ def test_what_a_recovery_starts_from_is_in_its_key(
         },
         "here",
     )
-    monkeypatch.setattr(module, "recover", lambda *_, **__: None)
+    trained = Recovered(TrainResult(1, 256, (), 0.0, None))
+    monkeypatch.setattr(module, "recover", lambda *_, **__: trained)
     monkeypatch.setattr(module, "recovery_text", lambda *_, **__: Packed(torch.zeros(16, 16, dtype=torch.int64)))
     subject = load(str(short))
 

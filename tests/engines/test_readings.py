@@ -68,7 +68,7 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> Any:
             raise AssertionError("a block ran")
 
         monkeypatch.setattr(engine, "run_layer", refuse)
-        monkeypatch.setattr(engine, "layer_arguments", refuse)
+        monkeypatch.setattr(engine, "enter", refuse)
 
     return stop
 
