@@ -148,7 +148,7 @@ def refitted(data: dict[str, Any]) -> str:
         f"Taylor (second order), neurons, on held-out demo text (dense {rows['dense']['heldout']:.2f}), by which the "
         "defaults were chosen:\n\n"
     )
-    gained = table(["criterion, axes", "as cut", "refitted", "error"], gains)
+    gained = table(["criterion, axes", "as cut", "refitted", "error"], gains) if gains else "Not measured yet."
     return about + gained + "\n\n" + chosen + table(["tokens", "damping", "as cut", "refitted"], tried)
 
 
