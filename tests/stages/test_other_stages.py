@@ -313,3 +313,10 @@ def test_export_writes_all_or_nothing(subject: Subject, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         export(subject, cut.holder, tmp_path / "b", {"no/such/folder.txt": ""}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_model_that_was_a_teacher_is_measured_as_others_are(subject: Subject) -> None:
+    """Torch copies a frozen head for every sequence of a batch: weights are as they are when loaded."""
+    model = subject.model.requires_grad_(False)
+    evaluate(model, subject.tokenizer, Evaluate(text=None, repeats=1))
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -61,9 +61,11 @@ def measure_speed(
 
     Keys, for batch 1: `speed/prompt_ms/batch1` (whole batch), `speed/prompt_tokens_per_s/batch1`,
     `speed/decode_ms_per_token/batch1` (one step of the whole batch), `speed/decode_tokens_per_s/batch1`.
-    Prompts are random ids; `decode` greedy steps use the key/value cache. `how` holds the standard deviation `std`.
+    Prompts are random ids; `decode` greedy steps use the key/value cache. `how` holds the standard deviation `std`. All
+    weights ask for gradients afterwards.
     """
     found: dict[str, Measure] = {}
+    model.requires_grad_(True)  # as when loaded: torch copies a frozen head for every sequence of a batch
     for batch in batches:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.get_input_embeddings().num_embeddings, (batch, prompt), generator=generator)
