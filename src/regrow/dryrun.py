@@ -175,10 +175,8 @@ def refit_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) ->
         return []
     tokens, layers, width, most = (recipe.refit.tokens, *(anatomy.sizes[letter] for letter in "LCF"))
     held = 4 * (dense.parameters + tokens * width + 6 * most**2)
-    flops, solving = (
-        3 * dense.flops_per_token + 2 * layers * most**2,
-        layers * 16 * (most**3 // 3 + 4 * width * most**2),
-    )
+    flops = 3 * dense.flops_per_token + 2 * layers * most**2
+    solving = layers * 16 * (most**3 // 3 + 4 * width * most**2)  # eight dampings on either half
     return [_row("refit", tokens, flops, held, gflops, solving)]
 
 

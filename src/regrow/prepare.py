@@ -185,7 +185,8 @@ def check_steps(subject: Subject, recipe: Recipe, wish: Wish) -> None:
         raise SettingsError(
             f"refit and merge_heads = {wish.merge}", "one of them: what is merged is read otherwise", "leave one out"
         )
-    sparse = zeros.of_model(subject.model, subject.anatomy, None).sparse
+    mends = recipe.refit is not None or wish.merge != "off"
+    sparse = mends and zeros.of_model(subject.model, subject.anatomy, None).sparse
     if recipe.refit is not None and sparse:
         raise SettingsError(
             "refit of a sparse model, whose zeros it would fill", "a dense model", "cut first, sparsify then"

@@ -2,7 +2,7 @@
 
 The goal is the text's next token, or a teacher's predictions, of the text or of what the student writes. Of a sparse
 model every zero stays, except under plain LoRA, which says so, and AST, which moves them and says how many. What this
-gives up: a mixture of both goals.
+gives up: more than one teacher.
 """
 
 from __future__ import annotations
