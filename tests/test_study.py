@@ -266,18 +266,20 @@ def test_storages_that_cannot_be(tmp_path: Path) -> None:
             Study(bad, "a")
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), "lost"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), "lost", RuntimeError("Error: did not possess lock")]
+)
 def test_a_storage_that_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     from sqlalchemy.exc import OperationalError
 
     study = Study(str(tmp_path / "journal"), "a")
-    fails = error if isinstance(error, OSError) else OperationalError("select", {}, Exception("connection lost"))
+    fails = OperationalError("select", {}, Exception("connection lost")) if error == "lost" else error
 
     def fail(*_: Any) -> None:
         raise fails
 
     monkeypatch.setattr(study.storage, "set_trial_user_attr", fail)
-    with pytest.raises(OutputError, match=r"(No space left|connection lost)(.*\n)+.*same command again"):
+    with pytest.raises(OutputError, match=r"(No space left|connection lost|possess lock)(.*\n)+.*same command again"):
         study.measure(POINTS, Worker())
 
 

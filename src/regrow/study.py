@@ -230,7 +230,12 @@ def _reached() -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SQLAlchemyError, StorageInternalError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        SQLAlchemyError,
+        StorageInternalError,
+    ) as error:  # a lock that was lost is the second
         raise OutputError(
             f"the study cannot be read or written any more: {str(error.__cause__ or error).splitlines()[0]}",
             "a disk with room, or a database that can be reached",

@@ -360,6 +360,19 @@ def test_diff(regrow: Command, pruned: Path, tmp_path: Path) -> None:
     assert "two plans or two reports" in mixed.err
 
 
+def test_merged_heads_are_shown(regrow: Command, pruned: Path, tmp_path: Path) -> None:
+    plan = json.loads((pruned / "plan.json").read_text(encoding="utf-8"))
+    assert "into" not in regrow("show", pruned / "plan.json").out
+    plan["merge"], plan["layers"][1]["merged"] = "laco", [[0, 2], [0, 3]]
+    other = tmp_path / "plan.json"
+    other.write_text(json.dumps(plan), encoding="utf-8")
+    shown = regrow("show", other).out
+    assert "laco" in shown
+    assert "2 into 0, 3 into 0" in shown
+    rows = regrow("diff", pruned / "plan.json", other, "--json").json["rows"]
+    assert rows == [["1 merged", "0", "0", "2"]]
+
+
 def test_report_makes_the_page_anew(regrow: Command, pruned: Path, tmp_path: Path) -> None:
     """With the importance maps of the page that was there, as long as it is there."""
     copied = tmp_path / "copy"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import costs, count
-from regrow.engines import checkpoint, provenance
+from regrow.engines import checkpoint, clock, provenance
 from regrow.engines.bind import Subject
 from regrow.engines.gates import from_plan, gated
 from regrow.engines.texts import documents
@@ -152,6 +152,25 @@ def test_evaluate_speed_and_nothing(subject: Subject) -> None:
     assert found["memory/peak_bytes"].value > 4 * 1_369_728
     assert {name.split("/")[0] for name in found} == {"speed", "memory"}
     assert evaluate(subject.model, subject.tokenizer, Evaluate(text=None, speed=False)) == {}
+
+
+def test_what_libraries_set_up_at_first_is_not_counted(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of every size are read once before the watch on memory begins."""
+    happened: list[str] = []
+    lap, enter = clock.run_lap, clock.PeakMemory.__enter__
+
+    def noted(model: Any, ids: Any, decode: int) -> Any:
+        happened.append(f"{len(ids)}x{ids.shape[1]}")
+        return lap(model, ids, decode)
+
+    def entered(self: Any) -> Any:
+        happened.append("watch")
+        return enter(self)
+
+    monkeypatch.setattr(clock, "run_lap", noted)
+    monkeypatch.setattr(clock.PeakMemory, "__enter__", entered)
+    evaluate(subject.model, subject.tokenizer, Evaluate(text=None, repeats=1))
+    assert happened == ["1x256", "8x256", "watch", "1x256", "1x256", "8x256", "8x256"]
 
 
 def test_sizes_are_the_costs(subject: Subject) -> None:

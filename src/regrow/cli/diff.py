@@ -58,7 +58,7 @@ def plans(first: dict[str, object], second: dict[str, object]) -> tuple[list[lis
     sides = [{x.index: x for x in plan.layers} for plan in found]
     kept: dict[str, list[set[int]]] = {"channels": [set(plan.channels) for plan in found]}
     for index in sorted({*sides[0], *sides[1]}):
-        for kind in ("groups", "heads", "neurons"):
+        for kind in ("groups", "heads", "neurons", "merged"):
             kept[f"{index} {kind}"] = [set(getattr(s[index], kind)) if index in s else set() for s in sides]
     rows = [
         [name, *(str(len(units)) for units in (one & other, one - other, other - one))]

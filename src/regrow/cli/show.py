@@ -60,5 +60,10 @@ def read(path: Path) -> dict[str, object]:
 
 def show_plan(plan: Plan) -> None:
     print(plan.shape())
+    columns = ["layer", "groups", "query heads", "neurons"]
     rows = [[str(x.index), str(len(x.groups)), str(len(x.heads)), str(len(x.neurons))] for x in plan.layers]
-    console.table("", ["layer", "groups", "query heads", "neurons"], rows)
+    if plan.merge != "off":
+        columns.append(f"heads that go into others ({plan.merge})")
+        for row, layer in zip(rows, plan.layers, strict=True):
+            row.append(", ".join(f"{gone} into {kept}" for kept, gone in layer.merged))
+    console.table("", columns, rows)

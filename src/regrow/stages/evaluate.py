@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 WORDS = 24  # new tokens of a sample
+PROMPT, DECODE = 256, 32  # tokens read and written when speed and memory are measured
 HELD = "heldout:"  # before the name of a file
 
 
@@ -65,10 +66,15 @@ def evaluate(
             progress=progress,
         )
     if settings.speed:
+        # once before, since what libraries set up at their first product is not the model's memory
+        measure_speed(model, prompt=PROMPT, decode=DECODE, repeats=1, warmup=0)
         with PeakMemory(model.device) as memory:
-            found |= measure_speed(model, prompt=256, decode=32, repeats=settings.repeats)
+            found |= measure_speed(model, prompt=PROMPT, decode=DECODE, repeats=settings.repeats)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        how = {"how": f"weights, and {memory.how}", "while": "prompts of 256 and 32 decoded tokens, batch 1 and 8"}
+        how = {
+            "how": f"weights, and {memory.how}",
+            "while": f"prompts of {PROMPT} and {DECODE} decoded tokens, batch 1 and 8",
+        }
         found["memory/peak_bytes"] = Measure(weights + memory.bytes, "bytes", "lower", how=how)
     return found
 
