@@ -225,11 +225,13 @@ def _dead(worker: Mapping[str, Any]) -> bool:
 @contextmanager
 def _reached() -> Iterator[None]:
     """Raises `OutputError` when a storage that was open fails."""
-    from optuna.exceptions import StorageInternalError
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
+    except UpdateFinishedTrialError:  # a RuntimeError too, and no failure of the storage
+        raise
     except (
         OSError,
         RuntimeError,

@@ -18,7 +18,9 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from limits import files_up_to
 from models import VOCAB, anatomy_of, cut, difference, families, logits, make, plan, tokenizer
 from regrow.engines import checkpoint, provenance
 from regrow.errors import (
@@ -132,11 +134,28 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError, match="the disk is full"), checkpoint.staged(tmp_path / "out"):
         full()
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OutputError, match="No space left"), checkpoint.staged(tmp_path / "out") as folder:
+    with (
+        pytest.raises(OutputError, match="weights cannot be written: the disk is full"),
+        checkpoint.staged(tmp_path / "out") as folder,
+    ):
         checkpoint.write(make("llama"), tokenizer(), folder, torch.float32, None)
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OutputError, match="the disk is full"), checkpoint.staged(tmp_path / "out") as folder:
         (folder / "file").write_text("x")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("what", "size"), [("weights", 10_000), ("tokenizer", 90_000)])
+def test_files_that_may_not_grow(tmp_path: Path, sprout_dir: Path, what: str, size: int) -> None:
+    """Libraries say so each in its own way."""
+    spoken = AutoTokenizer.from_pretrained(sprout_dir)
+    model = make("llama", hidden_size=12, intermediate_size=8, num_hidden_layers=1)
+    with (
+        pytest.raises(OutputError, match=f"the {what} cannot be written"),
+        checkpoint.staged(tmp_path / "out") as folder,
+        files_up_to(size),
+    ):
+        checkpoint.write(model, spoken, folder, torch.float32, None)
     assert os.listdir(tmp_path) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from training import STEP, Stop, patterns, pull_plug, same, settings, tiny, weights
-from transformers import Trainer
 
+from limits import files_up_to
+from regrow.engines import watch
 from regrow.engines.objective import Objective, next_token
 from regrow.engines.resume import newest
 from regrow.engines.train import train
@@ -146,24 +148,46 @@ def test_how_often_it_looks_decides_when_it_may_stop(tmp_path: Path) -> None:
         train(tiny(), patterns(), settings(patience=2, evaluate_every=7), folder=tmp_path, heldout=patterns(3))
 
 
-def test_no_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one before stays good, and the run goes on from it."""
+@pytest.mark.parametrize("what", ["optimizer.pt", "beside.safetensors", "complete"])
+def test_no_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The one before stays good, and the run goes on from it. Two files fail for real, at a size that they exceed."""
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def start(folder: Path, **named: Any) -> dict[str, Tensor]:
+        model, loss = tiny(), Big()
+        train(model, patterns(), settings(), folder=folder, loss=Objective(loss, beside=loss), **named)
+        return weights(model)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, ExitStack() as stack:
 
         def progress(done: int, *_: Any) -> None:
-            if done > 3 * STEP:
-                patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+            if done == 4 * STEP:
+                first = tmp_path / "checkpoint-3"
+                if what == "complete":
+                    patch.setattr(watch, "mark_complete", full)
+                else:
+                    stack.enter_context(files_up_to((first / what).stat().st_size - 100))
 
-        with pytest.raises(OutputError, match=r"(?s)checkpoint of step 6 cannot be written.*No space left"):
-            train(tiny(), patterns(), settings(), folder=tmp_path, progress=progress)
+        with pytest.raises(OutputError, match="checkpoint of step 6 cannot be written"):
+            start(tmp_path, progress=progress)
     found = newest(tmp_path)
     assert found is not None
     assert found.name == "checkpoint-3"
-    model, whole = tiny(), tiny()
-    train(model, patterns(), settings(), folder=tmp_path)
-    train(whole, patterns(), settings(), folder=tmp_path / "whole")
-    assert same(weights(model), weights(whole))
+    assert same(start(tmp_path), start(tmp_path / "whole"))
+
+
+class Big(Scaled):
+    """Larger beside the model than the optimiser's numbers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("much", torch.zeros(100_000))
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_no_room_for_the_record(tmp_path: Path) -> None:
+    long = settings(tokens=60 * STEP, save_every=100)
+    with pytest.raises(OutputError, match=r"record of step \d+ cannot be written"), files_up_to(2000):
+        train(tiny(), patterns(), long, folder=tmp_path)

@@ -170,6 +170,29 @@ def test_both_terms_weigh_the_same() -> None:
         assert torch.allclose(grad, balanced[name], rtol=1e-4, atol=1e-6), name
 
 
+def test_three_terms_balanced() -> None:
+    """The states weigh as much as the divergence does, whatever the next token weighs beside it."""
+    student, teacher = pair()
+    loss, parts = told(goal_of(student, teacher, match("cosine", 1, weight=None), text=0.5), student)
+    assert loss.item() == pytest.approx(2 * float(parts["divergence"]) + 0.5 * float(parts["next_token"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_states_that_agree_have_no_say(kind: str) -> None:
+    """What rounding leaves between them is not weighed up to the loss of logits."""
+    student, teacher = pair(intermediate_size=8)
+    student.model.embed_tokens.load_state_dict(teacher.model.embed_tokens.state_dict())
+    loss, parts = told(goal_of(student, teacher, match(kind, 0, weight=None)), student)
+    assert loss.item() == pytest.approx(float(parts["divergence"]), rel=1e-6)
+    loss.backward()
+    balanced = gradients(student)
+    student.zero_grad()
+    plain = FromTeacher(teacher, DIVERGENCES.get("forward-kl"))(student, {"input_ids": ids()})
+    assert isinstance(plain, Tensor)
+    plain.backward()
+    assert same(gradients(student), balanced)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_learnt_has_no_say(kind: str) -> None:
     """Positions before tokens that are not learnt: neither value nor gradient hangs on how like they are."""

@@ -257,10 +257,11 @@ def check_out(out: Path) -> None:
     shutil.rmtree(out)
 
 
-def _cannot_write(out: Path, error: OSError) -> OutputError:
-    why = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+def _cannot_write(what: object, error: Exception) -> OutputError:
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    why = "the disk is full" if full else getattr(error, "strerror", None) or error
     return OutputError(
-        f"{out} cannot be written: {why}", "a writable folder with room", "choose another --out, or make room"
+        f"{what} cannot be written: {why}", "a writable folder with room", "choose another --out, or make room"
     )
 
 
@@ -287,17 +288,16 @@ def write(
     try:
         _save(model, weights, folder, revert_weight_conversion if code is None else lambda _, part: part)
     except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"the weights cannot be written: {error}",
-            "a writable folder with room",
-            "make room, or choose another --out",
-        ) from error
+        raise _cannot_write("the weights", error) from error
     config = model.config
     config.dtype = dtype
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing more exact
+        raise _cannot_write("the tokenizer", error) from error
     if code is not None:
         (folder / hetero.CODE_FILE).write_text(code, encoding="utf-8")
 

@@ -32,7 +32,7 @@ from regrow.engines.packed import learnt
 from regrow.engines.resume import weights_fingerprint
 from regrow.errors import SettingsError, UnsupportedModel
 
-TINY = 1e-8  # states that are nearer to each other get no more weight
+SAME = 4 * torch.finfo(torch.float32).eps  # states that are nearer to each other differ by rounding alone
 PROBES = (
     "The quick brown fox, naïve façade!\n",
     "Съешь ещё этих мягких французских булок",
@@ -144,8 +144,8 @@ class FromTeacher:
         if self.matcher is not None:
             states = self.matcher(told.heard, own.heard, learnt(batch))
             weight = self.matcher.match.weight
-            even = parts["divergence"] / states.detach().clamp_min(TINY)
-            parts["states"] = states.detach()
+            parts["states"] = apart = states.detach()
+            even = torch.where(apart > SAME, parts["divergence"] / apart, 0.0)
             loss = loss + states * (even if weight is None else weight)
         return (loss, parts) if len(parts) > 1 else loss
 

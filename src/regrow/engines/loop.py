@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, cast
 
 import torch
@@ -102,16 +103,15 @@ class Loop(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
 
     @contextmanager
-    def room(self) -> Iterator[None]:
-        """Says `OutputError` of a checkpoint that cannot be written."""
+    def room(self, what: str = "checkpoint") -> Iterator[None]:
+        """Says `OutputError` of a checkpoint, or something else of a step, that cannot be written."""
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
-            room = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
-            if not room:
+            if not (isinstance(error, OSError | SafetensorError) or _in_torch_save(error)):
                 raise
             raise OutputError(
-                f"the checkpoint of step {self.state.global_step} cannot be written: {error}",
+                f"the {what} of step {self.state.global_step} cannot be written: {str(error).splitlines()[0]}",
                 "room for the weights and two numbers of the optimiser for each that is trained",
                 "free some, and give the same command again: it goes on from the checkpoint before",
             ) from error
@@ -184,6 +184,12 @@ class Loop(Trainer):  # type: ignore[misc]
         names = self.weights.mixture.names
         held = {f"heldout {name}": loss for name, loss in zip(names, losses, strict=True)}
         return held | {f"weight {name}": weight for name, weight in zip(names, self.weights.newest(), strict=True)}
+
+
+def _in_torch_save(error: Exception) -> bool:
+    """Its errors have no type of their own, and say whatever the stream said."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == "torch.serialization" for frame in frames)
 
 
 def arguments_of(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:

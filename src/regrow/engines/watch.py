@@ -43,7 +43,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """A resumed run takes back the record of its checkpoint and forgets what came after."""
         self.records = _taken_back(state)
         if state.is_world_process_zero:
-            self.track.write_text("".join(map(line, self.records)), encoding="utf-8")
+            with self.trainer.room("record"):
+                self.track.write_text("".join(map(line, self.records)), encoding="utf-8")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:  # noqa: ARG002
         means = self.trainer.step_means()
@@ -87,7 +88,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
             with self.trainer.room():
                 self.trainer.save_beside(checkpoint)
-            mark_complete(checkpoint)
+                mark_complete(checkpoint)
 
     def _judge(self, state: Any, control: Any) -> None:
         """Keeps the state with the lowest held-out loss, and stops when it has not been beaten for long enough."""
@@ -157,7 +158,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.records.append(record)
         self.trainer.log(dict(record))
         if write:
-            with self.track.open("a") as file:
+            with self.trainer.room("record"), self.track.open("a") as file:
                 file.write(line(record))
 
     def _broken(self, done: int, what: str) -> BrokenModel:
