@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +21,19 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from regrow.cache import cache_dir
+from regrow.engines.resume import newest, open_run
 
 RELATIONS = tuple(
     part
     for key in ("likeness=relations", "states=[1]", "likeness_options={heads: 5}")
     for part in ("--set", f"recover.distil.{key}")
 )
+
+SIXTY = ("--adapter", "full", "--tokens", 60 * 64, "--text", "none", *(
+    part for key in ("recover.block=16", "recover.batch=4", "recover.evaluate_every=3840", "evaluate.speed=false",
+                     "evaluate.samples=[]") for part in ("--set", key)
+))  # fmt: skip
+"""Sixty steps, with a checkpoint after 25, and nothing measured."""
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +114,54 @@ def test_one_that_is_left_is_gone_on_with(regrow: Command, sprout_dir: Path, cut
     whole, rest = weights(tmp_path / "whole"), weights(tmp_path / "rest")
     assert all(torch.equal(whole[name], rest[name]) for name in whole)
     assert not list(cache_dir("recover").glob("*/checkpoint-*"))
+
+
+def killed_at_a_checkpoint(command: list[str], cache: Path) -> Path:
+    """Run a command in a process of its own, and kill it once a checkpoint is whole; the checkpoint."""
+    own = {**os.environ, "REGROW_CACHE": str(cache), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "regrow", *command], env=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not (whole := list(cache.glob("recover/*/checkpoint-*/complete"))):
+            assert process.poll() is None, "it ended before"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    return whole[0].parent
+
+
+def test_one_that_is_killed_is_gone_on_with(
+    regrow: Command, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word, in the middle of a training; the same command goes on, to the byte."""
+    asked = ["recover", str(cut), "--learning-rate", "1e-3", *map(str, SIXTY), "--out"]
+    assert regrow(*asked, tmp_path / "whole").code == 0
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
+    left = killed_at_a_checkpoint([*asked, str(tmp_path / "rest")], tmp_path / "cache")
+    assert not (tmp_path / "rest").exists()
+    began: list[Path | None] = []
+    monkeypatch.setattr("regrow.engines.train.open_run", lambda *a, **k: began.append(open_run(*a, **k)) or began[-1])
+    assert regrow(*asked, tmp_path / "rest").code == 0
+    assert began == [left]
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("rest", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_one_that_breaks_names_its_last_good_checkpoint(
+    refused: Refused, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At an absurd rate, reached after the first checkpoint: nothing is written but what it names."""
+    monkeypatch.setattr("regrow.engines.loop.rate", lambda _, step, __: 1.0 if step < 25 else 1e6)
+    how = ("--learning-rate", 1e-3, *SIXTY)
+    done = refused("recover", cut, *how, "--out", tmp_path / "out", says=("training broke in step",), code=1)
+    named = re.search(r"the last good checkpoint is (\S+);", done.err)
+    assert named is not None
+    assert (Path(named[1]) / "complete").exists()
+    assert newest(Path(named[1]).parent) == Path(named[1])
+    assert not (tmp_path / "out").exists()
 
 
 class Told(TrainerCallback):  # type: ignore[misc]
