@@ -17,11 +17,15 @@ import torch
 from prompt import FEW, Command, Refused
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from models import difference
 from regrow.cache import cache_dir
+from regrow.engines.bind import Subject
+from regrow.engines.checkpoint import logits, probe
 from regrow.engines.resume import newest, open_run
+from regrow.stages.export import export
 
 RELATIONS = tuple(
     part
@@ -29,11 +33,11 @@ RELATIONS = tuple(
     for part in ("--set", f"recover.distil.{key}")
 )
 
-SIXTY = ("--adapter", "full", "--tokens", 60 * 64, "--text", "none", *(
-    part for key in ("recover.block=16", "recover.batch=4", "recover.evaluate_every=3840", "evaluate.speed=false",
-                     "evaluate.samples=[]") for part in ("--set", key)
-))  # fmt: skip
-"""Sixty steps, with a checkpoint after 25, and nothing measured."""
+BARE = ("--text", "none", "--set", "evaluate.speed=false", "--set", "evaluate.samples=[]")
+SMALL = ("--adapter", "full", "--set", "recover.block=16", "--set", "recover.batch=4",
+         "--set", "recover.evaluate_every=3840", *BARE)  # fmt: skip
+"""Steps of 64 tokens, and nothing measured; a checkpoint after 25."""
+SIXTY = ("--tokens", 60 * 64, *SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +72,32 @@ def test_states_are_on_the_record(regrow: Command, sprout_dir: Path, cut: Path, 
     done = regrow("recover", cut, *how, "--set", "recover.distil.text=0.5", *FEW, "--out", out)
     assert done.code == 0, done.err
     assert {"loss", "divergence", "states", "next_token", "heldout_loss"} <= curve(out)[-1].keys()
+
+
+def test_what_compares_states_is_not_written(
+    regrow: Command, sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student with fewer channels is compared through a projection, which is no part of it."""
+    thin, out, seen = tmp_path / "thin", tmp_path / "out", []
+    asked = ("--keep", "80%", "--axes", "channel", "--criterion", "magnitude", "--divisors", "channel=16")
+    assert regrow("prune", sprout_dir, *asked, *BARE[:2], "--no-speed", "--out", thin).code == 0
+
+    def spied(subject: Subject, *rest: Any) -> None:
+        ids = probe(subject.anatomy.sizes["V"])
+        seen.extend([ids, logits(subject.model, ids)])
+        export(subject, *rest)
+
+    monkeypatch.setattr("regrow.run.export", spied)
+    how = ("--teacher", sprout_dir, "--set", "recover.distil.states=[0,1]", "--learning-rate", 1e-3)
+    done = regrow("recover", thin, *how, *SMALL, "--tokens", 256, "--out", out)
+    assert done.code == 0, done.err
+    assert curve(out)[-1]["states"] > 0
+    before, after = weights(thin), weights(out)
+    assert {name: value.shape for name, value in after.items()} == {name: x.shape for name, x in before.items()}
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert (out / "config.json").read_text() == (thin / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert difference(logits(loaded, seen[0]), seen[1]) < 1e-5
 
 
 def test_it_stops_when_nothing_is_gained(regrow: Command, sprout_dir: Path, cut: Path, tmp_path: Path) -> None:
