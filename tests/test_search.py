@@ -17,17 +17,18 @@ import regrow.search as searching
 from models import anatomy_of, cut, make
 from models import plan as some_plan
 from regrow import cache as caching
-from regrow import prepare, trials
+from regrow import plan_checks, prepare, trials
 from regrow.artifacts.budget import Budget
+from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
 from regrow.artifacts.shape import MEASURES
-from regrow.artifacts.space import full, totals_of
+from regrow.artifacts.space import full, shape_of, totals_of
 from regrow.engines.bind import Subject
 from regrow.engines.checkpoint import write
-from regrow.errors import BrokenModel, BudgetError, SettingsError, TextError, UnknownName
+from regrow.errors import BrokenModel, BudgetError, RegrowWarning, SettingsError, TextError, UnknownName
 from regrow.recipe_files import overlay
 from regrow.run import help_search, run
-from regrow.search import Chosen, search, taus
+from regrow.search import Chosen, candidates, search, taus
 from regrow.settings import Recipe, parse
 from regrow.stages.apply import cut_copy
 from regrow.stages.load import load
@@ -427,6 +428,26 @@ def test_times_belong_to_a_machine(recipe: Make, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(trials, "machine", lambda: {"cpu": "another"})
     help_search(asked)
     assert len(taken) == 8
+
+
+def test_a_smaller_teacher_is_warned_of_before_any_training(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: not of the shape that was chosen again."""
+
+    def left(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    asked = recipe(recover={"tokens": 256})
+    subject = load(asked.model)
+    monkeypatch.setattr(plan_checks.checkpoint, "count", lambda _: 10)
+    monkeypatch.setattr(trials, "recover", left)
+    most = max(trials.count(subject.anatomy, shape_of(subject.anatomy, p)) for p in candidates(subject, asked).points)
+    says = f"10 parameters and the largest student {most:,}: little is learnt"
+    with pytest.warns(RegrowWarning, match=says) as said, pytest.raises(KeyboardInterrupt):
+        run(asked, tmp_path / "out", page=no_page)
+    assert len(said) == 1
+    plan_checks.check_planned(subject, Plan.everything(subject.anatomy), asked)
 
 
 def test_no_shape_gives_a_loss(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
