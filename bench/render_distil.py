@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -74,29 +73,37 @@ def ablations(data: dict[str, Any]) -> str:
     dense = rows.get("dense", {}).get("loss", math.nan)
     about = (
         f"Sprout cut to {asked['parameters'] / 1e6:.2f} million parameters, {asked['tokens']:,} tokens of training, "
-        f"three seeds. Loss in nats on held-out demo text; dense {dense:.3f}. Each arm at the best of its rates "
-        f"({', '.join(f'{rate:g}' for rate in asked['rates'])}), chosen on the other half of that text.\n\n"
+        f"seeds: {len({key.partition(' seed ')[2] for key in rows if ' seed ' in key})}. Loss in nats on held-out demo "
+        f"text; dense {dense:.3f}. Each arm at the best of its rates "
+        f"({', '.join(f'{rate:g}' for rate in asked['rates'])}), chosen on the other half of that text; a seed counts "
+        "once all of them were tried.\n\n"
     )
-    parts = [about + arms(rows), aggregates(rows), rankings(rows), saved(rows, asked)]
+    parts = [about + arms(rows, asked), aggregates(rows), rankings(rows), saved(rows, asked), trends(rows, asked)]
     return "\n\n".join(part for part in parts if part)
 
 
-def best(rows: Rows, arm: str) -> dict[str, Row]:
-    """By seed, the run with the rate that was best on the text that chooses."""
-    found: dict[str, Row] = {}
+def best(rows: Rows, arm: str, asked: dict[str, Any]) -> dict[str, Row]:
+    """By seed, the run with the rate that was best on the text that chooses; seeds for which all rates were tried."""
+    tried: dict[str, list[Row]] = {}
     for key, row in rows.items():
         name, _, rest = key.partition(" rate ")
-        seed = rest.partition(" seed ")[2]
-        if name == arm and seed and (seed not in found or row["chosen_by"] < found[seed]["chosen_by"]):
-            found[seed] = {**row, "rate": rest.partition(" ")[0]}
-    return found
+        rate, _, seed = rest.partition(" seed ")
+        if name == arm and seed:
+            tried.setdefault(seed, []).append({**row, "rate": rate})
+    return {
+        seed: min(found, key=lambda row: float(row["chosen_by"]))
+        for seed, found in tried.items()
+        if len(found) == len(asked["rates"])
+    }
 
 
-def arms(rows: Rows) -> str:
+def arms(rows: Rows, asked: dict[str, Any]) -> str:
     names = [n for n in dict.fromkeys(k.partition(" rate ")[0] for k in rows if " rate " in k) if "scratch" not in n]
-    base, body = best(rows, "cut"), []
+    base, body = best(rows, "cut", asked), []
     for name in names:
-        found = best(rows, name)
+        found = best(rows, name, asked)
+        if not found:
+            continue
         gaps = [found[seed]["loss"] - base[seed]["loss"] for seed in found if seed in base]
         body.append(
             [
@@ -110,34 +117,53 @@ def arms(rows: Rows) -> str:
     return table(["arm", "rate", "before", "after", "above `cut`, same seed"], body) if body else ""
 
 
-def aggregates(rows: Rows) -> str:
-    """Losses as cut, by how activations are put together."""
-    found: dict[str, list[float]] = {}
+def by_aggregate(rows: Rows) -> dict[str, dict[str, float]]:
+    """Losses as cut, by how activations are put together, then by seed."""
+    found: dict[str, dict[str, float]] = {}
     for key, row in rows.items():
         if key.startswith("cut by "):
-            found.setdefault(key.removeprefix("cut by ").partition(" seed ")[0], []).append(row["loss"])
-    body = [
-        [name, spread_of(losses, 3)] for name, losses in sorted(found.items(), key=lambda x: statistics.fmean(x[1]))
-    ]
+            name, _, seed = key.removeprefix("cut by ").partition(" seed ")
+            found.setdefault(name, {})[seed] = row["loss"]
+    return found
+
+
+def aggregates(rows: Rows) -> str:
+    found = sorted(by_aggregate(rows).items(), key=lambda x: statistics.fmean(x[1].values()))
+    body = [[name, spread_of(list(losses.values()), 3)] for name, losses in found]
     return table(["as cut by (over sequences, within a sequence)", "loss"], body) if body else ""
 
 
-def rankings(rows: Rows) -> str:
-    """How well losses as cut, and after a short training, foretell the order after the whole one."""
+def ranked(rows: Rows, what: str) -> list[tuple[float, float]]:
+    """Of each seed with all its shapes: Kendall's tau of the order by `what` to that after the whole training, and by
+    how much the shape that `what` picks ends above the best."""
     by_seed: dict[str, list[Row]] = {}
     for key, row in rows.items():
         if key.startswith("shape "):
             by_seed.setdefault(key.partition(" seed ")[2], []).append(row)
+    most = max(map(len, by_seed.values()), default=0)
+    found = []
+    for _, shapes in sorted(by_seed.items()):
+        if len(shapes) == most > 1:
+            full = [row["full"] for row in shapes]
+            picked = min(shapes, key=lambda row: float(row[what]))
+            found.append((tau([row[what] for row in shapes], full), picked["full"] - min(full)))
+    return found
+
+
+def rankings(rows: Rows) -> str:
+    """How well losses as cut, and after a short training, foretell the order after the whole one."""
     body = []
     for what, name in (("as_cut", "as cut"), ("short", "after an eighth of the tokens")):
-        orders, lost = [], []
-        for shapes in by_seed.values():
-            orders.append(tau([row[what] for row in shapes], [row["full"] for row in shapes]))
-            picked = min(shapes, key=lambda row: float(row[what]))
-            lost.append(picked["full"] - min(row["full"] for row in shapes))
-        if orders:
-            body.append([name, spread_of(orders, 2), spread_of(lost, 4)])
-    heads = ["shapes ranked", "Kendall's tau to the order after all tokens", "loss of its pick above the best"]
+        if found := ranked(rows, what):
+            orders, lost = [order for order, _ in found], [above for _, above in found]
+            hits = f"{sum(above == 0 for above in lost)} of {len(lost)}"
+            body.append([name, spread_of(orders, 2), hits, spread_of(lost, 4)])
+    heads = [
+        "shapes ranked",
+        "Kendall's tau to the order after all tokens",
+        "picks the best",
+        "loss of its pick above it",
+    ]
     return table(heads, body) if body else ""
 
 
@@ -149,13 +175,13 @@ def tau(first: list[float], second: list[float]) -> float:
 
 def saved(rows: Rows, asked: dict[str, Any]) -> str:
     """Tokens from scratch that reach what cutting and distilling reach."""
-    reached = best(rows, "cut")
+    reached = best(rows, "cut", asked)
     curves: dict[str, dict[int, float]] = {}
     for key, row in rows.items():
         if key.startswith("scratch x") and " rate " not in key:
             factor, _, seed = key.removeprefix("scratch x").partition(" seed ")
             curves.setdefault(seed, {})[int(factor)] = row["loss"]
-    for seed, row in best(rows, "scratch x1").items():
+    for seed, row in best(rows, "scratch x1", asked).items():
         curves.setdefault(seed, {})[1] = row["loss"]
     if not curves:
         return ""
@@ -165,25 +191,70 @@ def saved(rows: Rows, asked: dict[str, Any]) -> str:
         [f"x{f}", f"{f * asked['tokens']:,}", f"{f * asked['tokens'] / asked['epoch']:.1f}", spread_of(losses[f], 3)]
         for f in factors
     ]
-    said = [_needed(curve, reached[seed]["loss"]) for seed, curve in sorted(curves.items()) if seed in reached]
+    said = [
+        _needed(curve, reached[seed]["loss"], asked["tokens"])
+        for seed, curve in sorted(curves.items())
+        if seed in reached
+    ]
     ours = spread_of([row["loss"] for row in reached.values()], 3)
     return (
         f"From random weights, next token. Cut and distilled: {ours} with "
-        f"{asked['tokens']:,} tokens (its parent was trained on 9,441,280). As many tokens from scratch reach that, by "
-        f"seed: {', '.join(said)} times.\n\n" + table(["from scratch", "tokens", "epochs of the text", "loss"], body)
+        f"{asked['tokens']:,} tokens (its parent was trained on 9,441,280). The fewest tokens from scratch that reach "
+        f"that, by seed: {', '.join(said) or 'not measured yet'}.\n\n"
+        + table(["from scratch", "tokens", "epochs of the text", "loss"], body)
     )
 
 
-def _needed(curve: dict[int, float], goal: float) -> str:
-    """Between two measured numbers of tokens, by a straight line over their logarithms."""
-    factors = sorted(curve)
-    if curve[factors[0]] <= goal:
-        return f"< {factors[0]}"
-    for low, high in itertools.pairwise(factors):
-        if curve[high] <= goal:
-            share = (curve[low] - goal) / (curve[low] - curve[high])
-            return f"{math.exp(math.log(low) + share * math.log(high / low)):.0f}"
-    return f"> {factors[-1]} (plateau {min(curve.values()):.3f})"
+def _needed(curve: dict[int, float], goal: float, tokens: int) -> str:
+    """Of the numbers of tokens that were tried, as multiples of `tokens`."""
+    enough = [factor for factor in sorted(curve) if curve[factor] <= goal]
+    return (
+        f"{enough[0] * tokens:,} (x{enough[0]})"
+        if enough
+        else f"> x{max(curve)} tokens (plateau {min(curve.values()):.3f})"
+    )
+
+
+AGAINST = (
+    ("after training, forward KL is below the next token", "loss", "cut", "cut, next token"),
+    ("after training, a cut by activations is below one by lot", "loss", "cut", "random cut"),
+    ("after training, a cut is below random weights", "loss", "cut", "random weights"),
+    ("as cut, depth is below width", "before", "depth", "cut"),
+    ("after training, width is below depth", "loss", "cut", "depth"),
+    *((f"after training, one stage is below {n}", "loss", "cut", f"{n} stages") for n in ("two", "four")),
+    *((f"after training, (l2, mean) is below {how}", "loss", "cut", f"by {how}")
+      for how in ("(mean, mean)", "(l2, l2)", "(var, var)")),
+)  # fmt: skip
+"""What papers say: of which loss, which arm is below which other."""
+
+
+def trends(rows: Rows, asked: dict[str, Any]) -> str:
+    """By how much each thing that papers say holds here, seed by seed."""
+    gaps: dict[str, list[float]] = {}
+    for claim, key, low, high in AGAINST:
+        ours, theirs = best(rows, low, asked), best(rows, high, asked)
+        gaps[claim] = [theirs[seed][key] - ours[seed][key] for seed in ours if seed in theirs]
+    found = by_aggregate(rows)
+    ours_as_cut = found.pop("(l2, mean)", {})
+    for name, losses in found.items():
+        shared = [seed for seed in ours_as_cut if seed in losses]
+        gaps[f"as cut, (l2, mean) is below {name}"] = [losses[seed] - ours_as_cut[seed] for seed in shared]
+    pairs = list(zip(ranked(rows, "short"), ranked(rows, "as_cut"), strict=True))
+    gaps["a short training ranks shapes better than losses as cut (tau)"] = [a[0] - b[0] for a, b in pairs]
+    gaps["the pick of a short training loses less than the pick as cut"] = [b[1] - a[1] for a, b in pairs]
+    body = [[claim, spread_of(values, 4), verdict(values)] for claim, values in gaps.items() if values]
+    heads = ["what papers say", "by how much, same seed: mean ± standard deviation", "here"]
+    return table(heads, body) if body else ""
+
+
+def verdict(gaps: list[float]) -> str:
+    """Above 0 is as said; a mean within the standard deviation says nothing, and neither does one seed."""
+    if len(gaps) < 2:
+        return "within noise (one seed)"
+    mean = statistics.fmean(gaps)
+    if abs(mean) <= statistics.stdev(gaps):
+        return "within noise"
+    return "held" if mean > 0 else "not held"
 
 
 def memory(data: dict[str, Any]) -> str:

@@ -17,16 +17,18 @@ import regrow.search as searching
 from models import anatomy_of, cut, make
 from models import plan as some_plan
 from regrow import cache as caching
-from regrow import prepare, trials
+from regrow import plan_checks, prepare, trials
+from regrow.artifacts.budget import Budget
+from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
-from regrow.artifacts.shape import count
-from regrow.artifacts.space import full, totals_of
+from regrow.artifacts.shape import MEASURES
+from regrow.artifacts.space import full, shape_of, totals_of
 from regrow.engines.bind import Subject
-from regrow.engines.checkpoint import round_to
-from regrow.errors import BrokenModel, BudgetError, SettingsError, TextError, UnknownName
+from regrow.engines.checkpoint import write
+from regrow.errors import BrokenModel, BudgetError, RegrowWarning, SettingsError, TextError, UnknownName
 from regrow.recipe_files import overlay
 from regrow.run import help_search, run
-from regrow.search import Chosen, search, taus
+from regrow.search import Chosen, candidates, search, taus
 from regrow.settings import Recipe, parse
 from regrow.stages.apply import cut_copy
 from regrow.stages.load import load
@@ -288,12 +290,16 @@ def test_kendalls_tau_by_hand() -> None:
     assert taus([[{"loss": 1}, {"loss": 1}], [{"loss": 2}, {"loss": 2}], [{"loss": 3}]]) == [1.0]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "phi3"])
-def test_a_copy_is_the_cut_and_leaves_the_model(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rescale"),
+    [("llama", False), ("llama", True), ("gemma3_text", False), ("gemma3_text", True), ("gpt_neox", False),
+     ("phi3", False), ("phi3", True)],
+)  # fmt: skip
+def test_a_copy_is_the_cut_and_leaves_the_model(kind: str, rescale: bool) -> None:
     """Nothing is shared: what is done to the copy is not seen in the model, which is the same to the bit."""
     model = make(kind)
     anatomy = anatomy_of(model)
-    kept = some_plan(anatomy, anatomy.supported, uniform=True)
+    kept = some_plan(anatomy, anatomy.supported, uniform=True, rescale=rescale)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     small = cut_copy(Subject(model, None, anatomy, {}, torch.float32), kept).model  # type: ignore[arg-type]
     sliced = cut(make(kind), kept).model
@@ -305,17 +311,34 @@ def test_a_copy_is_the_cut_and_leaves_the_model(kind: str) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def state_of(model: Any) -> dict[str, Any]:
+    """All that a search could leave behind in a model, beside values."""
+    return {
+        "trains": {name: p.requires_grad for name, p in model.named_parameters()},
+        "gradients": {name for name, p in model.named_parameters() if p.grad is not None},
+        "hooks": {name: [*m._forward_hooks, *m._forward_pre_hooks] for name, m in model.named_modules()},
+        "mode": {name: m.training for name, m in model.named_modules()},
+        "own": {name: sorted(m.__dict__) for name, m in model.named_modules()},
+    }
+
+
 def test_candidates_leave_the_model_as_it_was(recipe: Make) -> None:
+    """Who is their teacher too: values, buffers, and what is set on it."""
     subject = load(recipe().model)
     from regrow.kept import scored
     from regrow.prepare import as_wish
 
-    before = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
-    asked = recipe()
+    def values() -> dict[str, torch.Tensor]:
+        return {**dict(subject.model.named_parameters()), **dict(subject.model.named_buffers())}
+
+    before, state = {name: value.detach().clone() for name, value in values().items()}, state_of(subject.model)
+    asked = recipe(recover={"distil": {"states": [1]}}, search={"rank_tokens": 128, "checkpoints": 1})
     wish = as_wish(asked)
     assert wish is not None
     search(subject, asked, scored(subject, asked, {}, None), wish, {}, None)
-    assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
+    assert before.keys() == values().keys() > dict(subject.model.named_parameters()).keys()
+    assert all(torch.equal(value, before[name]) for name, value in values().items())
+    assert state_of(subject.model) == state
 
 
 @pytest.mark.parametrize("how", ["minitron", "laco"])
@@ -407,6 +430,26 @@ def test_times_belong_to_a_machine(recipe: Make, monkeypatch: pytest.MonkeyPatch
     assert len(taken) == 8
 
 
+def test_a_smaller_teacher_is_warned_of_before_any_training(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: not of the shape that was chosen again."""
+
+    def left(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    asked = recipe(recover={"tokens": 256})
+    subject = load(asked.model)
+    monkeypatch.setattr(plan_checks.checkpoint, "count", lambda _: 10)
+    monkeypatch.setattr(trials, "recover", left)
+    most = max(trials.count(subject.anatomy, shape_of(subject.anatomy, p)) for p in candidates(subject, asked).points)
+    says = f"10 parameters and the largest student {most:,}: little is learnt"
+    with pytest.warns(RegrowWarning, match=says) as said, pytest.raises(KeyboardInterrupt):
+        run(asked, tmp_path / "out", page=no_page)
+    assert len(said) == 1
+    plan_checks.check_planned(subject, Plan.everything(subject.anatomy), asked)
+
+
 def test_no_shape_gives_a_loss(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said as it is, where a latency is asked for too."""
     monkeypatch.setattr(trials.Trials, "judged", broken)
@@ -474,17 +517,63 @@ def test_a_search_belongs_to_its_code(recipe: Make, monkeypatch: pytest.MonkeyPa
     assert len(seen) == 3
 
 
-def test_realised_widths_are_those_asked_for(recipe: Make) -> None:
+MEASURED: dict[str, Callable[[Subject, Path], int]] = {
+    "parameters": lambda small, _: small.model.num_parameters(),
+    "file_bytes": lambda small, folder: written(small, folder),
+    "kv_bytes_per_token": lambda small, _: cached(small.model),
+}
+"""Counted on a model that was built, by no formula of ours."""
+
+
+def written(small: Subject, folder: Path) -> int:
+    """Bytes of tensors in the file, without its header."""
+    folder.mkdir()
+    write(small.model, small.tokenizer, folder, small.store, None)
+    path = folder / "model.safetensors"
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+@torch.no_grad()
+def cached(model: Any, tokens: int = 7) -> int:
+    """Bytes a token of what a model in 16 bits keeps of it."""
+    kept = model.to(torch.bfloat16)(input_ids=torch.arange(tokens)[None], use_cache=True).past_key_values
+    size = sum(x.numel() * x.element_size() for layer in kept.layers for x in (layer.keys, layer.values))
+    each, rest = divmod(size, tokens)
+    assert rest == 0
+    return each
+
+
+@pytest.mark.parametrize(
+    ("keep", "also", "axes"),
+    [
+        ("80%", (), ("layer", "head", "neuron", "channel")),
+        ("params=80%", ("kv=75%",), ("layer", "group", "head", "neuron")),
+        ("kv=75%", ("file=90%",), ("group", "neuron")),
+        ("file=90%", (), ("group", "head", "channel")),
+        ("kv=1200", (), ("layer", "group")),
+    ],
+)
+def test_realised_widths_are_those_asked_for(
+    recipe: Make, tmp_path: Path, keep: str, also: tuple[str, ...], axes: tuple[str, ...]
+) -> None:
+    """What budgets count is what a model that was built has, and within each of them."""
     from regrow.kept import scored
     from regrow.prepare import as_wish
 
-    asked = recipe()
+    divisors = {unit: 16 for unit in ("neuron", "channel") if unit in axes}
+    space = {"band": 0.3, "also": list(also), "candidates": 2}
+    asked = recipe(keep=keep, axes=list(axes), divisors=divisors, criterion="magnitude", search=space)
     subject = load(asked.model)
-    scores, wish = scored(subject, asked, {}, None), as_wish(asked)
+    anatomy, scores, wish = subject.anatomy, scored(subject, asked, {}, None), as_wish(asked)
     assert wish is not None
-    for point in searching.candidates(subject, asked).points:
-        plan = realise(subject.anatomy, scores, wish, totals_of(subject.anatomy, point))
+    points = searching.candidates(subject, asked).points
+    assert points
+    for place, point in enumerate(points):
+        plan = realise(anatomy, scores, wish, totals_of(anatomy, point))
         small = cut_copy(subject, plan)
-        round_to(small.model, subject.store)
-        assert small.model.num_parameters() == count(subject.anatomy, plan.shape())
-        assert wish.budget.count(subject.anatomy, plan.shape()) <= wish.budget.target(subject.anatomy)
+        found = {name: measure(small, tmp_path / str(place)) for name, measure in MEASURED.items()}
+        assert found == {name: MEASURES[name](anatomy, plan.shape()) for name in MEASURED}
+        for budget in map(Budget.parse, (keep, *also)):
+            counted = found.get(budget.measure, budget.count(anatomy, plan.shape()))
+            assert counted <= budget.target(anatomy) < budget.count(anatomy, anatomy.dense)

@@ -31,7 +31,8 @@ def check_planned(subject: Subject, plan: Plan, recipe: Recipe) -> None:
         match = Match(LIKENESSES.get(asked.distil.likeness), asked.distil.states, None, asked.distil.likeness_options)
         check_depths(match.likeness, match.places, len(plan.layers))
         check_attention(subject.anatomy, plan, match)
-        warn_of_smaller(asked.teacher, count(subject.anatomy, plan.shape()))
+        if recipe.search is None:  # which has warned before its trainings
+            warn_of_smaller(asked.teacher, count(subject.anatomy, plan.shape()))
     if asked.method == "cut" and plan.layers and not narrower(subject.anatomy, plan):
         raise SettingsError(
             "recovery of what was cut alone, and the cut makes no matrix smaller: whole layers go",
@@ -50,11 +51,11 @@ def check_planned(subject: Subject, plan: Plan, recipe: Recipe) -> None:
     spp_forward.check_rank(asked.rank, rows)
 
 
-def warn_of_smaller(teacher: str, own: int) -> None:
+def warn_of_smaller(teacher: str, own: int, student: str = "the student") -> None:
     """Say so where a teacher is smaller than its student of `own` parameters."""
     size = checkpoint.count(checkpoint.locate(teacher))
     if size < own:
-        what = f"teacher {teacher} has {size:,} parameters and the student {own:,}"
+        what = f"teacher {teacher} has {size:,} parameters and {student} {own:,}"
         warnings.warn(f"{what}: little is learnt from one that knows less", RegrowWarning, stacklevel=2)
 
 

@@ -16,11 +16,13 @@ from regrow.artifacts.budget import Budget, Latency
 from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.space import Space, Widths, drawn, full, inside, space_of, unbeaten
+from regrow.artifacts.shape import count
+from regrow.artifacts.space import Space, Widths, drawn, full, inside, shape_of, space_of, unbeaten
 from regrow.engines.bind import Subject
 from regrow.errors import BrokenModel, BudgetError, SettingsError
 from regrow.kept import Progress
-from regrow.prepare import ranking, recovery_text
+from regrow.plan_checks import warn_of_smaller
+from regrow.prepare import as_trained, ranking, recovery_text
 from regrow.settings import Recipe
 from regrow.stages.plan import Wish, meet
 from regrow.study import check_storage
@@ -153,7 +155,8 @@ def _best(ranked: Sequence[Row]) -> Widths:
 
 
 def check_search(subject: Subject, recipe: Recipe) -> None:
-    """Refuse before anything long begins what cannot be searched: budgets out of reach, no text left to judge by.
+    """Refuse before anything long begins what cannot be searched: budgets out of reach, no text left to judge by; warn
+    of a teacher that is smaller than what it teaches.
 
     Raises `BudgetError`, `SettingsError`, `TextError`.
     """
@@ -167,6 +170,10 @@ def check_search(subject: Subject, recipe: Recipe) -> None:
     if recipe.search.rank_tokens:
         train = ranking(recipe)
         recovery_text(subject, train, "recovery", count=train.block, seed=recipe.seed)
+    taught = as_trained(recipe).recover
+    if taught is not None and taught.tokens and taught.teacher is not None:
+        most = max(count(subject.anatomy, shape_of(subject.anatomy, point)) for point in pool.points)
+        warn_of_smaller(taught.teacher, most, "the largest student")
 
 
 def check_merged(subject: Subject, pool: Pool) -> None:

@@ -28,6 +28,7 @@ from regrow.engines.clock import machine, measure_speed
 from regrow.engines.distil import Teacher
 from regrow.engines.perplexity import block_losses
 from regrow.engines.texts import documents, fingerprint
+from regrow.engines.trained import only
 from regrow.engines.walk import check_finite
 from regrow.errors import TextError
 from regrow.kept import Progress, read_by
@@ -130,7 +131,7 @@ class Trials:
             widths = _widths(point)
             small, folder = cut_copy(self.subject, self.plan(widths)), folders[said(widths)]
             began = time.perf_counter()
-            with cache.held(folder, "this candidate"):
+            with cache.held(folder, "this candidate"), only(self.subject.model, None):  # the teacher is frozen
                 found = recover(small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher)
             seconds = round(time.perf_counter() - began, 1)
             return {"loss": self.loss(small), "seconds": seconds, "tokens": found.training.tokens}

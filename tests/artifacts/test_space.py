@@ -126,8 +126,6 @@ def test_totals_are_over_the_layers_that_stay() -> None:
 def test_out_of_reach() -> None:
     anatomy = small()
     space = space_of(anatomy, ("neuron",), {}, {"neuron": 16})
-    with pytest.raises(BudgetError, match=r"none of 2 shapes is inside.*\n.*the nearest has"):
-        inside(anatomy, space, [Budget.parse("10%")], 0.05)
     with pytest.raises(BudgetError, match="within 1 % below") as wide:
         inside(anatomy, space, [Budget.parse("95%")], 0.01)
     band = float(re.findall(r"widen search.band to ([\d.]+),", str(wide.value))[0])
@@ -138,6 +136,34 @@ def test_out_of_reach() -> None:
         space_of(anatomy, ("neuron",), {"layer": (2,)}, {})
     with pytest.raises(SettingsError, match="1 to 48"):
         space_of(anatomy, ("neuron",), {"neuron": (64,)}, {})
+
+
+@pytest.mark.parametrize("asked", [("10%",), ("10%", "kv=10%"), ("100%", "kv=10%"), ("10K", "flops=90%")])
+def test_the_nearest_that_is_named_can_be_had(asked: tuple[str, ...]) -> None:
+    """It lies as little beyond the budgets as any; asked for exactly, it is a shape."""
+    anatomy = small()
+    space = space_of(anatomy, ("group", "neuron"), {"group": (2, 1)}, {"neuron": 16})
+    budgets = [Budget.parse(text) for text in asked]
+    shapes = [shape_of(anatomy, point) for point in space.grid()]
+    counts = [[budget.count(anatomy, shape) for budget in budgets] for shape in shapes]
+    with pytest.raises(BudgetError, match=r"none of 4 shapes is inside.*\n.*the nearest has") as caught:
+        inside(anatomy, space, budgets, 0.05)
+    named = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) [a-z]", caught.value.allowed)]
+
+    def beyond(row: list[int]) -> float:
+        return max(n / budget.target(anatomy) for n, budget in zip(row, budgets, strict=True))
+
+    assert beyond(named) == min(map(beyond, counts)) < max(map(beyond, counts))
+    kinds = {
+        "decoder_weights": "decoder",
+        "kv_bytes_per_token": "kv",
+        "flops_per_token": "flops",
+        "parameters": "params",
+    }
+    exactly = [Budget.parse(f"{kinds[b.measure]}={n}") for b, n in zip(budgets, named, strict=True)]
+    assert [b.measure for b in exactly] == [b.measure for b in budgets]
+    (point,) = inside(anatomy, space, exactly, 0)
+    assert [budget.count(anatomy, shape_of(anatomy, point)) for budget in budgets] == named
 
 
 def test_latencies() -> None:

@@ -106,6 +106,6 @@ def sparsify(regrow: Command, tale: Path, tmp_path: Path) -> Sparsifier:
 def cut(tmp_path_factory: pytest.TempPathFactory, sprout_dir: Path) -> Path:
     """Sprout with fewer neurons."""
     out = tmp_path_factory.mktemp("narrow") / "cut"
-    asked = ("prune", sprout_dir, *NARROW, "--text", "none", "--out", out, "--quiet")
+    asked = ("prune", sprout_dir, *NARROW, "--text", "none", "--no-speed", "--out", out, "--quiet")
     assert main([str(a) for a in asked]) == 0
     return out

@@ -26,7 +26,8 @@ class Done:
 Command = Callable[..., Done]
 Refused = Callable[..., Done]
 Sparsifier = Callable[..., tuple[Path, Done]]
-FEW = ("--tokens", 2048, "--set", "recover.block=64", "--set", "recover.batch=4", "--text", "none")
+FEW = ("--tokens", 2048, "--set", "recover.block=64", "--set", "recover.batch=4", "--text", "none",
+       "--set", "evaluate.speed=false")  # fmt: skip
 """A short training, and nothing measured."""
 NARROW = ("--keep", "70%", "--axes", "neuron", "--uniform", "--criterion", "magnitude", "--divisors", "neuron=8")
 WORDS = ("--calibration-tokens", 256, "--calibration-block", 64, "--text", "none")

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +17,27 @@ import torch
 from prompt import FEW, Command, Refused
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from models import difference
 from regrow.cache import cache_dir
+from regrow.engines.bind import Subject
+from regrow.engines.checkpoint import logits, probe
+from regrow.engines.resume import newest, open_run
+from regrow.stages.export import export
 
 RELATIONS = tuple(
     part
     for key in ("likeness=relations", "states=[1]", "likeness_options={heads: 5}")
     for part in ("--set", f"recover.distil.{key}")
 )
+
+BARE = ("--text", "none", "--set", "evaluate.speed=false", "--set", "evaluate.samples=[]")
+SMALL = ("--adapter", "full", "--set", "recover.block=16", "--set", "recover.batch=4",
+         "--set", "recover.evaluate_every=3840", *BARE)  # fmt: skip
+"""Steps of 64 tokens, and nothing measured; a checkpoint after 25."""
+SIXTY = ("--tokens", 60 * 64, *SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +72,32 @@ def test_states_are_on_the_record(regrow: Command, sprout_dir: Path, cut: Path, 
     done = regrow("recover", cut, *how, "--set", "recover.distil.text=0.5", *FEW, "--out", out)
     assert done.code == 0, done.err
     assert {"loss", "divergence", "states", "next_token", "heldout_loss"} <= curve(out)[-1].keys()
+
+
+def test_what_compares_states_is_not_written(
+    regrow: Command, sprout_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student with fewer channels is compared through a projection, which is no part of it."""
+    thin, out, seen = tmp_path / "thin", tmp_path / "out", []
+    asked = ("--keep", "80%", "--axes", "channel", "--criterion", "magnitude", "--divisors", "channel=16")
+    assert regrow("prune", sprout_dir, *asked, *BARE[:2], "--no-speed", "--out", thin).code == 0
+
+    def spied(subject: Subject, *rest: Any) -> None:
+        ids = probe(subject.anatomy.sizes["V"])
+        seen.extend([ids, logits(subject.model, ids)])
+        export(subject, *rest)
+
+    monkeypatch.setattr("regrow.run.export", spied)
+    how = ("--teacher", sprout_dir, "--set", "recover.distil.states=[0,1]", "--learning-rate", 1e-3)
+    done = regrow("recover", thin, *how, *SMALL, "--tokens", 256, "--out", out)
+    assert done.code == 0, done.err
+    assert curve(out)[-1]["states"] > 0
+    before, after = weights(thin), weights(out)
+    assert {name: value.shape for name, value in after.items()} == {name: x.shape for name, x in before.items()}
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert (out / "config.json").read_text() == (thin / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert difference(logits(loaded, seen[0]), seen[1]) < 1e-5
 
 
 def test_it_stops_when_nothing_is_gained(regrow: Command, sprout_dir: Path, cut: Path, tmp_path: Path) -> None:
@@ -101,6 +144,54 @@ def test_one_that_is_left_is_gone_on_with(regrow: Command, sprout_dir: Path, cut
     whole, rest = weights(tmp_path / "whole"), weights(tmp_path / "rest")
     assert all(torch.equal(whole[name], rest[name]) for name in whole)
     assert not list(cache_dir("recover").glob("*/checkpoint-*"))
+
+
+def killed_at_a_checkpoint(command: list[str], cache: Path) -> Path:
+    """Run a command in a process of its own, and kill it once a checkpoint is whole; the checkpoint."""
+    own = {**os.environ, "REGROW_CACHE": str(cache), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "regrow", *command], env=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not (whole := list(cache.glob("recover/*/checkpoint-*/complete"))):
+            assert process.poll() is None, "it ended before"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    return whole[0].parent
+
+
+def test_one_that_is_killed_is_gone_on_with(
+    regrow: Command, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word, in the middle of a training; the same command goes on, to the byte."""
+    asked = ["recover", str(cut), "--learning-rate", "1e-3", *map(str, SIXTY), "--out"]
+    assert regrow(*asked, tmp_path / "whole").code == 0
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
+    left = killed_at_a_checkpoint([*asked, str(tmp_path / "rest")], tmp_path / "cache")
+    assert not (tmp_path / "rest").exists()
+    began: list[Path | None] = []
+    monkeypatch.setattr("regrow.engines.train.open_run", lambda *a, **k: began.append(open_run(*a, **k)) or began[-1])
+    assert regrow(*asked, tmp_path / "rest").code == 0
+    assert began == [left]
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("rest", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_one_that_breaks_names_its_last_good_checkpoint(
+    refused: Refused, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At an absurd rate, reached after the first checkpoint: nothing is written but what it names."""
+    monkeypatch.setattr("regrow.engines.loop.rate", lambda _, step, __: 1.0 if step < 25 else 1e6)
+    how = ("--learning-rate", 1e-3, *SIXTY)
+    done = refused("recover", cut, *how, "--out", tmp_path / "out", says=("training broke in step",), code=1)
+    named = re.search(r"the last good checkpoint is (\S+);", done.err)
+    assert named is not None
+    assert (Path(named[1]) / "complete").exists()
+    assert newest(Path(named[1]).parent) == Path(named[1])
+    assert not (tmp_path / "out").exists()
 
 
 class Told(TrainerCallback):  # type: ignore[misc]

@@ -100,6 +100,23 @@ def test_fixed_weights_and_references_that_are_given(
 
 
 @pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("\n\n".join(f"line {n}" for n in range(4)), ("the recovery part of", "few.txt gives", "one block")),
+        ("word " * 400, ("few.txt' has 1 different documents",)),
+    ],
+    ids=["no block", "no part"],
+)
+def test_a_source_too_short_is_named(
+    refused: Refused, sprout_dir: Path, sources: dict[str, str], tmp_path: Path, text: str, says: tuple[str, ...]
+) -> None:
+    """Though the others have enough: one without a whole block, one whose only document is of another part."""
+    (tmp_path / "few.txt").write_text(text, encoding="utf-8")
+    mixed = mixture({**sources, "few": str(tmp_path / "few.txt")}, low=1, few=1)
+    refused("recover", sprout_dir, "--tokens", 256, *FEW, *mixed, "--out", tmp_path / "out", says=says)
+
+
+@pytest.mark.parametrize(
     ("flags", "says"),
     [
         (("--set", "recover.mixture={demo:poems: 1}"), ("no demo text is called 'poems'", "demo:squad")),

@@ -301,10 +301,29 @@ def test_not_finite_stops_before_the_weights_are_spoilt(kind: str, what: str, tm
     model = tiny()
     with pytest.raises(BrokenModel, match=rf"step 5 of 6 \(320 tokens\): .*{what}") as caught:
         train(model, patterns(), settings(), folder=tmp_path, loss=fault(4, kind))
-    assert "the last good checkpoint is" in str(caught.value)
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint-3'};" in str(caught.value)
     assert newest(tmp_path) == tmp_path / "checkpoint-3"
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert not model.training
+
+
+def test_one_that_broke_is_gone_on_with(tmp_path: Path) -> None:
+    """Once the loss is sound: from the last good checkpoint, as if nothing had happened."""
+    with pytest.raises(BrokenModel):
+        train(tiny(), patterns(), settings(), folder=tmp_path / "torn", loss=fault(4, "nan"))
+    ends, sound = [], fault(1000, "nan")
+    for folder in ("torn", "whole"):
+        model, calls = tiny(), [0]
+
+        def loss(model: nn.Module, batch: Mapping[str, Tensor], calls: list[int] = calls) -> Tensor:
+            calls[0] += 1
+            return sound(model, batch)
+
+        result = train(model, patterns(), settings(), folder=tmp_path / folder, loss=loss)
+        ends.append((weights(model), result.losses, calls[0]))
+    assert [calls for _, _, calls in ends] == [2 * 3, 2 * 6]
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
 
 
 def test_not_finite_before_any_checkpoint(tmp_path: Path) -> None:

@@ -178,10 +178,11 @@ def _add(seen: Seen, wanted: list[tuple[Reduction, Site]], x: Tensor) -> None:
 
 
 def _over_sequence(x: Tensor, reduction: Reduction) -> Tensor:
-    """(b, T, n) -> (b, n) fp32: sums over a sequence overflow in fp16 and tie in bf16."""
+    """(b, T, n) -> (b, n) at least fp32: sums over a sequence overflow in fp16 and tie in bf16."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if reduction == "var":
-        return x.float().var(1, correction=0)
-    norm: Tensor = torch.linalg.vector_norm(x, 1 if reduction == "mean" else 2, dim=1, dtype=torch.float32)
+        return x.to(wide).var(1, correction=0)
+    norm: Tensor = torch.linalg.vector_norm(x, 1 if reduction == "mean" else 2, dim=1, dtype=wide)
     return norm / x.shape[1] if reduction == "mean" else norm
 
 
