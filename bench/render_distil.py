@@ -78,7 +78,8 @@ def ablations(data: dict[str, Any]) -> str:
         f"({', '.join(f'{rate:g}' for rate in asked['rates'])}), chosen on the other half of that text; a seed counts "
         "once all of them were tried.\n\n"
     )
-    parts = [about + arms(rows, asked), aggregates(rows), rankings(rows), saved(rows, asked), trends(rows, asked)]
+    tables = (aggregates(rows), rankings(rows), lengths(rows, asked), saved(rows, asked), trends(rows, asked))
+    parts = [about + arms(rows, asked), *tables]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -173,6 +174,22 @@ def tau(first: list[float], second: list[float]) -> float:
     return float(kendalltau(first, second).statistic)
 
 
+def lengths(rows: Rows, asked: dict[str, Any]) -> str:
+    """Width and depth by the tokens that they are trained with."""
+    losses: dict[int, dict[str, list[float]]] = {}
+    for arm in ("cut", "depth"):
+        losses.setdefault(1, {})[arm] = [row["loss"] for row in best(rows, arm, asked).values()]
+        for key, row in rows.items():
+            if key.startswith(f"{arm} x"):
+                factor = int(key.removeprefix(f"{arm} x").partition(" ")[0])
+                losses.setdefault(factor, {}).setdefault(arm, []).append(row["loss"])
+    body = [
+        [f"{factor * asked['tokens']:,}", *(spread_of(found.get(arm, []), 3) for arm in ("cut", "depth"))]
+        for factor, found in sorted(losses.items())
+    ]
+    return table(["tokens", "width (`cut`)", "depth"], body) if len(body) > 1 else ""
+
+
 def saved(rows: Rows, asked: dict[str, Any]) -> str:
     """Tokens from scratch that reach what cutting and distilling reach."""
     reached = best(rows, "cut", asked)
@@ -221,11 +238,12 @@ AGAINST = (
     ("after training, a cut is below random weights", "loss", "cut", "random weights"),
     ("as cut, depth is below width", "before", "depth", "cut"),
     ("after training, width is below depth", "loss", "cut", "depth"),
-    *((f"after training, one stage is below {n}", "loss", "cut", f"{n} stages") for n in ("two", "four")),
-    *((f"after training, (l2, mean) is below {how}", "loss", "cut", f"by {how}")
+    *((f"after training, one stage is no worse than {n}", "loss", "cut", f"{n} stages") for n in ("two", "four")),
+    *((f"after training, (l2, mean) is no worse than {how}", "loss", "cut", f"by {how}")
       for how in ("(mean, mean)", "(l2, l2)", "(var, var)")),
 )  # fmt: skip
 """What papers say: of which loss, which arm is below which other."""
+ALIKE = 0.01  # nats by which what is no worse may be above
 
 
 def trends(rows: Rows, asked: dict[str, Any]) -> str:
@@ -238,20 +256,22 @@ def trends(rows: Rows, asked: dict[str, Any]) -> str:
     ours_as_cut = found.pop("(l2, mean)", {})
     for name, losses in found.items():
         shared = [seed for seed in ours_as_cut if seed in losses]
-        gaps[f"as cut, (l2, mean) is below {name}"] = [losses[seed] - ours_as_cut[seed] for seed in shared]
+        gaps[f"as cut, (l2, mean) is no worse than {name}"] = [losses[seed] - ours_as_cut[seed] for seed in shared]
     pairs = list(zip(ranked(rows, "short"), ranked(rows, "as_cut"), strict=True))
     gaps["a short training ranks shapes better than losses as cut (tau)"] = [a[0] - b[0] for a, b in pairs]
     gaps["the pick of a short training loses less than the pick as cut"] = [b[1] - a[1] for a, b in pairs]
-    body = [[claim, spread_of(values, 4), verdict(values)] for claim, values in gaps.items() if values]
+    body = [[claim, spread_of(values, 4), verdict(claim, values)] for claim, values in gaps.items() if values]
     heads = ["what papers say", "by how much, same seed: mean ± standard deviation", "here"]
     return table(heads, body) if body else ""
 
 
-def verdict(gaps: list[float]) -> str:
+def verdict(claim: str, gaps: list[float]) -> str:
     """Above 0 is as said; a mean within the standard deviation says nothing, and neither does one seed."""
     if len(gaps) < 2:
         return "within noise (one seed)"
     mean = statistics.fmean(gaps)
+    if "no worse" in claim:
+        return "held" if mean > -ALIKE else "not held"
     if abs(mean) <= statistics.stdev(gaps):
         return "within noise"
     return "held" if mean > 0 else "not held"
