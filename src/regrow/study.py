@@ -42,7 +42,10 @@ CALLS, OPEN = itertools.count(1), set[int]()  # calls of `measure` in this proce
 
 
 class Study:
-    """Points measured under one name in a storage; `name` must hold everything that the results hang on."""
+    """Points measured under one name in a storage; `name` must hold everything that the results hang on.
+
+    Threads that work along have one each.
+    """
 
     def __init__(self, storage: str | None, name: str) -> None:
         import optuna
@@ -76,12 +79,12 @@ class Study:
     @contextmanager
     def _present(self) -> Iterator[None]:
         """What is claimed holds while this is open; what it leaves unfinished, whatever ended it, is free at once."""
-        self.call = next(CALLS)
-        OPEN.add(self.call)
+        call = self.call = next(CALLS)
+        OPEN.add(call)
         try:
             yield
         finally:
-            OPEN.discard(self.call)
+            OPEN.discard(call)
             with suppress(OutputError):
                 self._bury()
 
