@@ -24,7 +24,8 @@ from regrow.artifacts.report import Report
 from regrow.artifacts.shape import MEASURES
 from regrow.artifacts.space import full, shape_of, totals_of
 from regrow.engines.bind import Subject
-from regrow.engines.checkpoint import write
+from regrow.engines.checkpoint import round_to, write
+from regrow.engines.loop import Loop
 from regrow.errors import BrokenModel, BudgetError, RegrowWarning, SettingsError, TextError, UnknownName
 from regrow.recipe_files import overlay
 from regrow.run import help_search, run
@@ -145,6 +146,62 @@ def test_parts_of_a_training_are_one_training(recipe: Make, tmp_path: Path, monk
     ends = [[row["losses"][-1]["loss"] for row in found["ranked"]] for found in (parts, whole)]
     assert ends[0] == ends[1]
     assert [len(row["losses"]) for row in parts["ranked"]] == [2, 2]
+
+
+def test_tokens_of_parts_that_begin_anew_are_counted(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that does not have the checkpoints of another, in every second part."""
+    asked = recipe(search={"checkpoints": 4, "rank_tokens": 512, "stable": 1})
+    steps, real, losses = 0, trials.recover, Loop.compute_loss
+
+    def counted(*given: Any, **named: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return losses(*given, **named)
+
+    def elsewhere(small: Any, blocks: Any, train: Any, *, folder: Path, **named: Any) -> Any:
+        there = folder if train.until % 256 else tmp_path / folder.name
+        return real(small, blocks, train, folder=there, **named)
+
+    monkeypatch.setattr(Loop, "compute_loss", counted)
+    monkeypatch.setattr(trials, "recover", elsewhere)
+    found = help_search(asked).record
+    assert found["tokens"] == 128 * steps
+    assert steps > 4 * 2  # each candidate once
+
+
+def test_tokens_by_hand() -> None:
+    """Begun anew; taken up where an interrupted worker had come to; broken."""
+    rows: list[dict[str, Any]] = [{"tokens": 100, "resumed": 0}, {"tokens": 200, "resumed": 0}]
+    assert searching.spent(rows) == 300
+    assert searching.spent([*rows, {"tokens": 300, "resumed": 250}]) == 400
+    assert searching.spent([*rows, {"tokens": 300, "resumed": 100}]) == 500
+    assert searching.spent([*rows, {"tokens": 300, "failed": "NaN"}]) == 400
+    assert searching.spent([]) == 0
+
+
+def test_a_worker_goes_on_with_what_it_has(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First with candidates whose checkpoints are here; rows stay in their order."""
+    whole = walked(recipe(), tmp_path / "whole")
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "other"))
+    real, folders = trials.recover, []
+
+    def lost(*given: Any, folder: Path, **named: Any) -> Any:
+        folders.append(folder.name)
+        done = real(*given, folder=folder, **named)
+        if len(folders) == 1:
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        return done
+
+    monkeypatch.setattr(trials, "recover", lost)
+    found = walked(recipe(), tmp_path / "out")
+    first, second = folders[:2]
+    assert folders == [first, second, second, first]
+    ends = [[[point["loss"] for point in row["losses"]] for row in each["ranked"]] for each in (found, whole)]
+    assert ends[0] == ends[1]
+    assert found["tokens"] == whole["tokens"] + 256
 
 
 def test_the_order_after_training_decides(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from limits import files_up_to
 from regrow import study as studies
 from regrow.errors import BrokenModel, OutputError, SettingsError
 from regrow.study import Point, Study, key
@@ -96,6 +98,45 @@ def test_an_interruption_loses_nothing(storage: str) -> None:
     assert sorted(worker.seen) == [key(point) for point in POINTS[1:]]
 
 
+@pytest.mark.parametrize("where", ["_write", "_work", "storage.get_trial_number_from_id"])
+def test_a_claim_that_an_interruption_left_is_free(storage: str, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """In a process that lives on, as a notebook's does, and for others, who see it live."""
+    study, worker = Study(storage, "a"), Worker()
+    *path, name = where.split(".")
+    owner = getattr(study, path[0]) if path else study
+    real = getattr(owner, name)
+
+    def interrupted(*given: Any, **facts: Any) -> None:
+        if name == "_write":
+            real(*given, **facts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study.measure(POINTS[:1], worker)
+    assert not study._running()
+    assert Study(storage, "a").measure(POINTS[:1], worker)
+    assert worker.seen == [key(POINTS[0])]
+
+
+def test_a_claim_that_could_not_be_ended_is_free_too(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next call here; one of a call that goes on is not."""
+    study, worker = Study(storage, "a"), Worker()
+
+    def torn(_: Point) -> dict[str, Any]:
+        assert Study(storage, "a")._claimed(POINTS[:1]) is None
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr(study, "_end", lambda _: (_ for _ in ()).throw(OutputError("gone", "here", "wait")))
+        with pytest.raises(KeyboardInterrupt):
+            study.measure(POINTS[:1], torn)
+    assert len(study._running()) == 1
+    assert study.measure(POINTS[:1], worker)
+    assert worker.seen == [key(POINTS[0])]
+
+
 PROCESS = """
 import pathlib, sys, time
 from regrow import study
@@ -150,7 +191,7 @@ def test_what_is_measured_is_not_claimed(storage: str) -> None:
     assert not study._running()
 
 
-HERE = studies._sign()
+HERE = studies._sign(0)
 
 
 @pytest.mark.parametrize(
@@ -160,24 +201,26 @@ HERE = studies._sign()
         ({"began": "long ago"}, True),
         ({"place": "elsewhere", "at": HERE["at"] - 2 * studies.QUIET}, True),
         ({"place": "elsewhere", "process": 2**22 + 1}, False),
-        ({}, False),
+        ({"process": os.getppid(), "began": studies._began(os.getppid())}, False),
+        ({}, True),
     ],
-    ids=["dead", "another of that number", "silent", "far away", "alive"],
+    ids=["dead", "another of that number", "silent", "far away", "alive", "this one, which has left it"],
 )
 def test_what_the_dead_had_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: dict[str, Any], taken: bool
 ) -> None:
     study = Study(str(tmp_path / "journal"), "a")
     with monkeypatch.context() as then:
-        then.setattr(studies, "_sign", lambda: {**HERE, **worker})
+        then.setattr(studies, "_sign", lambda _: {**HERE, **worker})
         assert study._claim(POINTS[0]) is not None
     assert (study._claimed(POINTS[:1]) is not None) == taken
 
 
 def test_who_sleeps_here_is_not_buried() -> None:
     """A process that lives is seen to live, however long it was silent."""
-    assert not studies._dead({**HERE, "at": 0})
-    assert studies._dead({**HERE, "at": 0, "place": "elsewhere"})
+    parent = {**HERE, "process": os.getppid(), "began": studies._began(os.getppid())}
+    assert not studies._dead({**parent, "at": 0})
+    assert studies._dead({**parent, "at": 0, "place": "elsewhere"})
 
 
 def test_a_process_that_ended_and_was_not_taken_leave_of() -> None:
@@ -194,10 +237,11 @@ def test_a_process_that_ended_and_was_not_taken_leave_of() -> None:
 def test_where_nobody_tells_when_a_process_began(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It counts that it lives, and that it was heard of."""
     monkeypatch.setattr(studies, "PROC", tmp_path)
-    here = studies._sign()
-    assert not studies._dead(here)
-    assert studies._dead({**here, "at": 0})
-    assert studies._dead({**here, "process": 2**22 + 1})
+    there = {**studies._sign(0), "process": os.getppid()}
+    assert there["began"] == ""
+    assert not studies._dead(there)
+    assert studies._dead({**there, "at": 0})
+    assert studies._dead({**there, "process": 2**22 + 1})
 
 
 def test_a_storage_that_fails_while_work_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,16 +327,76 @@ def test_a_storage_that_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         study.measure(POINTS, Worker())
 
 
-def test_a_journal_that_was_torn_goes_on(tmp_path: Path) -> None:
-    """As a full disk tears it; a file that is no journal is left as it is."""
+@pytest.mark.parametrize("error", [ValueError("no JSON"), KeyError("worker_id"), AssertionError()])
+def test_a_storage_that_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    study = Study(str(tmp_path / "journal"), "a")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(study.storage, "get_all_trials", fail)
+    with pytest.raises(OutputError, match=r"damaged: .*(no JSON|worker_id|AssertionError)(.*\n)+.*move it away"):
+        study.measure(POINTS, Worker())
+
+
+def test_errors_of_a_storage_have_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(str(tmp_path / "journal"), "a")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("postgresql://me:se/cret@host/name is gone")
+
+    monkeypatch.setattr(study.storage, "get_all_trials", fail)
+    with pytest.raises(OutputError) as told:
+        study.measure(POINTS, Worker())
+    assert "postgresql://me:***@host/name is gone" in str(told.value)
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"op_code":4,"wor'])
+def test_a_journal_that_was_torn_goes_on(tmp_path: Path, torn: bytes) -> None:
+    """As a full disk tears it, between two runs or in its first line."""
     journal = tmp_path / "journal"
+    journal.write_bytes(torn)
     Study(str(journal), "a").measure(POINTS[:1], Worker())
     with journal.open("ab") as file:
-        file.write(b'{"op_code":4,"wor')
+        file.write(torn)
     worker = Worker()
     Study(str(journal), "a").measure(POINTS, worker)
     assert worker.seen == [key(point) for point in POINTS[1:]]
     assert Study(str(journal), "a").measure(POINTS, lambda _: pytest.fail("measured again"))
-    other = tmp_path / "notes"
-    other.write_bytes(b"a line\nanother")
-    assert studies._torn(other) == 0
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sign of life leaves of its line goes before the next is written."""
+    monkeypatch.setattr(studies, "BEAT", 0.02)
+    journal = tmp_path / "journal"
+
+    def work(point: Point) -> dict[str, Any]:
+        whole, until = journal.read_bytes(), time.monotonic() + 20
+        with files_up_to(len(whole) + 40):
+            while journal.read_bytes().endswith(b"\n") and time.monotonic() < until:
+                time.sleep(0.01)
+        return {"loss": float(point["layer"])}
+
+    found = Study(str(journal), "a").measure(POINTS, work)
+    assert [row["loss"] for row in found] == [1.0, 2.0, 3.0]
+    assert Study(str(journal), "a").measure(POINTS, lambda _: pytest.fail("measured again")) == found
+
+
+@pytest.mark.parametrize("notes", [b"a line without an end", b"a line\nanother\n", b"[]\n"])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, notes: bytes) -> None:
+    (tmp_path / "notes").write_bytes(notes)
+    with pytest.raises(SettingsError, match=r"a file of something else\n.*a new file or a study's"):
+        Study(str(tmp_path / "notes"), "a")
+    assert (tmp_path / "notes").read_bytes() == notes
+
+
+def test_a_journal_with_a_line_that_is_spoilt(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    study = Study(str(journal), "a")
+    study.measure(POINTS[:1], Worker())
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":8,"tri{"op_code":8}\n{"op_code":99,"worker_id":"x"}\n')
+    with pytest.raises(OutputError, match="damaged"):
+        study.measure(POINTS, Worker())
+    with pytest.raises(SettingsError, match=r"cannot be opened(.*\n)+.*move a damaged file away"):
+        Study(str(journal), "a")

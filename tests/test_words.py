@@ -15,7 +15,7 @@ from regrow.cache import cache_dir, key, size_bytes
 from regrow.errors import InputError, ModelError, RegrowError, SettingsError, UnknownName
 from regrow.prepare import check_words
 from regrow.recipe_files import dump, exact, find_recipe, overlay, read_recipe, read_yaml, recipe_names
-from regrow.settings import Recipe, parse
+from regrow.settings import Recipe, hidden, parse
 
 TREE = [c for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, RegrowError)]
 
@@ -89,7 +89,17 @@ def test_a_recipe_is_complete_and_travels() -> None:
     [
         ("postgresql://me:secret@host:5432/name", "postgresql://me:***@host:5432/name"),
         ("postgresql+psycopg://me:se:cr@host/name", "postgresql+psycopg://me:***@host/name"),
+        ("postgresql://me:se/c?r:et@host/name", "postgresql://me:***@host/name"),
+        ("postgresql://me@home:secret@host/name", "postgresql://me@home:***@host/name"),
+        ("postgresql://me:sec@ret@host/name", "postgresql://me:***@host/name"),
+        ("redis://:secret@host", "redis://:***@host"),
+        ("postgresql://host/name?user=me&password=sec@ret", "postgresql://host/name?user=me&password=***"),
+        ("mysql+pymysql://host/name?Passwd=s&charset=utf8", "mysql+pymysql://host/name?Passwd=***&charset=utf8"),
+        ("postgresql://me:s@host/name?sslpassword=t", "postgresql://me:***@host/name?sslpassword=***"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Ds", "mssql+pyodbc:///?odbc_connect=***"),
+        ("postgresql://host/name?sslmode=require", "postgresql://host/name?sslmode=require"),
         ("postgresql://me@host/name", "postgresql://me@host/name"),
+        ("/data/pass=1/study.journal", "/data/pass=1/study.journal"),
         ("sqlite:///study:1@home.db", "sqlite:///study:1@home.db"),
         ("study.journal", "study.journal"),
     ],
@@ -100,6 +110,16 @@ def test_no_password_is_written_down(url: str, written: str) -> None:
     assert recipe.search is not None
     assert recipe.search.storage == url
     assert yaml.safe_load(dump(recipe))["search"]["storage"] == written
+
+
+def test_what_sqlalchemy_takes_for_a_password_is_hidden() -> None:
+    from sqlalchemy.engine import make_url
+
+    for url in ("a://u:p9/w?9:x@h/n", "a://u@v:p9w@h:1/n?q=1", "a://:p9@h", "a://u:%709w@h/n", "a://u:p9\nw@h/n"):
+        password = make_url(url).password
+        assert password
+        assert "9" not in hidden(url)
+        assert hidden(f"could not connect to {url}: refused").endswith(": refused")
 
 
 def test_a_recipe_cannot_be_changed() -> None:

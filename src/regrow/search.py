@@ -83,7 +83,7 @@ def search(
     fit = [row for row in rows if "loss" in row and "slow" not in row]
     ranked, end = rank(trials, [row["widths"] for row in fit[: recipe.search.top]], progress)
     trials.forget()
-    record["tokens"] = sum(row["losses"][-1]["tokens"] for row in ranked)
+    record["tokens"] = sum(spent(row["losses"]) for row in ranked)
     best = _best(ranked) if ranked else fit[0]["widths"]
     found = {
         "method": recipe.search.method,
@@ -137,6 +137,16 @@ def rank(trials: Trials, points: Sequence[Widths], progress: Progress | None) ->
     if len(marks) < asked.checkpoints:
         end += f"; steps of {marks[0]:,} leave {len(marks)} of {asked.checkpoints} checkpoints"
     return rows, end
+
+
+def spent(losses: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens that a candidate was trained on, by its rows: what one took up counts once, what it began anew twice.
+
+    A training that broke counts as if it had taken up all and come to its end. What an interrupted worker did that
+    nobody took up is not known.
+    """
+    parts = zip((0, *(row["tokens"] for row in losses)), losses, strict=False)
+    return sum(row["tokens"] - min(row.get("resumed", before), before) for before, row in parts)
 
 
 def _best(ranked: Sequence[Row]) -> Widths:

@@ -21,9 +21,15 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Step = Annotated[int, Field(ge=1)]
 
 
-def hidden(url: str) -> str:
-    """A URL without its password."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+SECRET = re.compile(r"([?&\s][\w.-]*(?:pass|pwd|secret|token|odbc_connect)[\w.-]*=)[^&]*", re.IGNORECASE)
+
+
+def hidden(text: str) -> str:
+    """A database's URL, or what an error says of it, without its passwords: rather too little of it than too much.
+
+    They stand before an @ and may hold anything, as in SQLAlchemy, or are parameters that are named so.
+    """
+    return re.sub(r"(://[^/:]*):.*@", r"\1:***@", SECRET.sub(r"\1***", text), flags=re.DOTALL)
 
 
 class Calibration(Part):

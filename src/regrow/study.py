@@ -9,6 +9,7 @@ worker that hangs is waited for.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
@@ -37,15 +38,19 @@ OPENING = 5  # seconds in which a database is tried again: of several that make 
 LOCKED = 60  # seconds that SQLite waits for another's write
 FILE, RECORD = "study.journal", b'{"op_code":'  # how each line of it begins
 PROC = Path("/proc")
+CALLS, OPEN = itertools.count(1), set[int]()  # calls of `measure` in this process; those that have not ended
 
 
 class Study:
-    """Points measured under one name in a storage; `name` must hold everything that the results hang on."""
+    """Points measured under one name in a storage; `name` must hold everything that the results hang on.
+
+    Threads that work along have one each.
+    """
 
     def __init__(self, storage: str | None, name: str) -> None:
         import optuna
 
-        self.name, self.storage = name, _held(storage)
+        self.name, self.storage, self.call = name, _held(storage), 0
         with _reached():
             optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
             self.id = self.storage.get_study_id_from_name(name)
@@ -55,20 +60,33 @@ class Study:
     ) -> list[dict[str, Any]]:
         """The result at each point, in order; one with `failed` where nothing could be measured.
 
-        Measures what is missing, waits for what others measure, and calls `say` with (done, in all). Raises
-        `OutputError` when the storage is full or cannot be reached any more.
+        Measures what is missing, the first of `points` first, waits for what others measure, and calls `say` with
+        (done, in all). Raises `OutputError` when the storage is full, damaged or cannot be reached any more.
         """
-        while True:
-            found = self._finished()
-            if say is not None:
-                say(sum(key(point) in found for point in points), len(points))
-            if all(key(point) in found for point in points):
-                return [found[key(point)] for point in points]
-            claimed = self._claimed([point for point in points if key(point) not in found])
-            if claimed is None:
-                time.sleep(WAIT)
-            else:
-                self._work(*claimed, work)
+        with self._present():
+            while True:
+                found = self._finished()
+                if say is not None:
+                    say(sum(key(point) in found for point in points), len(points))
+                if all(key(point) in found for point in points):
+                    return [found[key(point)] for point in points]
+                claimed = self._claimed([point for point in points if key(point) not in found])
+                if claimed is None:
+                    time.sleep(WAIT)
+                else:
+                    self._work(*claimed, work)
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """What is claimed holds while this is open; what it leaves unfinished, whatever ended it, is free at once."""
+        call = self.call = next(CALLS)
+        OPEN.add(call)
+        try:
+            yield
+        finally:
+            OPEN.discard(call)
+            with suppress(OutputError):
+                self._bury()
 
     def _trials(self) -> list[FrozenTrial]:
         """Those that this module wrote; others, without a point, are somebody else's."""
@@ -112,7 +130,8 @@ class Study:
         """A new trial, whole from the start."""
         from optuna.trial import create_trial
 
-        trial = create_trial(state=state, value=loss, user_attrs={"point": dict(point), "worker": _sign(), **facts})
+        known = {"point": dict(point), "worker": _sign(self.call), **facts}
+        trial = create_trial(state=state, value=loss, user_attrs=known)
         with _reached():
             return int(self.storage.create_new_trial(self.id, template_trial=trial))
 
@@ -122,10 +141,6 @@ class Study:
                 result = work(point)
         except BrokenModel as broken:
             result = {"failed": broken.came}
-        except BaseException:
-            with suppress(OutputError):
-                self._end(trial)  # the next may claim it at once
-            raise
         self._keep(trial, point, result)
 
     def _keep(self, trial: int, point: Point, result: dict[str, Any]) -> None:
@@ -159,7 +174,7 @@ class Study:
         def beat() -> None:
             while not over.wait(BEAT):
                 with suppress(Exception):
-                    self.storage.set_trial_user_attr(trial, "worker", _sign())
+                    self.storage.set_trial_user_attr(trial, "worker", _sign(self.call))
 
         heart = threading.Thread(target=beat, daemon=True)
         heart.start()
@@ -182,10 +197,10 @@ def key(point: Point) -> str:
     return ",".join(f"{name}={value}" for name, value in sorted(point.items()))
 
 
-def _sign() -> dict[str, Any]:
+def _sign(call: int) -> dict[str, Any]:
     """Who works, and when that was so."""
     process = os.getpid()
-    return {"place": _place(), "process": process, "began": _began(process), "at": time.time()}
+    return {"place": _place(), "process": process, "began": _began(process), "call": call, "at": time.time()}
 
 
 def _place() -> str:
@@ -217,6 +232,8 @@ def _dead(worker: Mapping[str, Any]) -> bool:
     """Whether a worker has ended, as far as this process can see, or else was silent for long."""
     if worker["place"] == _place():
         now, then = _began(worker["process"]), worker["began"]
+        if worker["process"] == os.getpid() and now == then:
+            return worker["call"] not in OPEN
         if now is None or (now and then):
             return bool(now != then)
     return bool(time.time() - worker["at"] > QUIET)
@@ -232,17 +249,23 @@ def _reached() -> Iterator[None]:
         yield
     except UpdateFinishedTrialError:  # a RuntimeError too, and no failure of the storage
         raise
-    except (
-        OSError,
-        RuntimeError,
-        SQLAlchemyError,
-        StorageInternalError,
-    ) as error:  # a lock that was lost is the second
+    except (OSError, RuntimeError, SQLAlchemyError, StorageInternalError) as error:  # a lost lock is the second
         raise OutputError(
-            f"the study cannot be read or written any more: {str(error.__cause__ or error).splitlines()[0]}",
+            f"the study cannot be read or written any more: {_why(error.__cause__ or error)}",
             "a disk with room, or a database that can be reached",
             "mend that and give the same command again: it goes on, and nothing is measured twice",
         ) from error
+    except (ValueError, LookupError, AssertionError) as error:  # optuna met what it did not write
+        raise OutputError(
+            f"the study is damaged: {_why(error)}",
+            "a file or database that nothing else writes to",
+            "move it away, or name another with search.storage, and give the same command again: it begins anew",
+        ) from error
+
+
+def _why(error: BaseException) -> str:
+    """The first line of what it says, without passwords."""
+    return hidden((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def check_storage(storage: str | None) -> None:
@@ -259,9 +282,9 @@ def _held(storage: str | None) -> Any:
         return _database(where) if "://" in where else _file(Path(where).expanduser())
     except Exception as error:  # whatever a driver of a database raises
         raise SettingsError(
-            f"study storage {hidden(where)!r} cannot be opened: {hidden(str(error).splitlines()[0])}",
-            "a file that can be written, or the URL of a database, such as sqlite:///FILE or postgresql://USER@HOST/NAME",
-            "correct search.storage; databases want their driver installed",
+            f"study storage {hidden(where)!r} cannot be opened: {_why(error)}",
+            "a new file or a study's, or the URL of a database, such as sqlite:///FILE or postgresql://USER@HOST/NAME",
+            "correct search.storage, or move a damaged file away; databases want their driver installed",
         ) from error
 
 
@@ -283,21 +306,41 @@ def _database(url: str) -> Any:
 
 
 def _file(path: Path) -> Any:
+    """Raises `OutputError` for a file of something else, which is left as it is."""
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    from optuna.storages.journal import JournalFileBackend
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = JournalFileOpenLock(str(path))
-    if path.exists() and _torn(path):
-        lock.acquire()
+    if path.exists():
+        with path.open("rb") as file:
+            if not RECORD.startswith(file.read(len(RECORD))):
+                raise OutputError("it is a file of something else", "a new file or a study's", "name another")
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=Whole(path)))
+
+
+class Whole:
+    """The lock under which optuna writes a journal; who gets it finds whole lines.
+
+    A line that a full disk cut short is passed over while it is the last, and spoils all when another follows it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from optuna.storages.journal import JournalFileOpenLock
+
+        self.path, self.lock = path, JournalFileOpenLock(str(path))
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
         try:
-            os.truncate(path, path.stat().st_size - _torn(path))
-        finally:
-            lock.release()
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+            with self.path.open("r+b") as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+                if file.read() not in (b"", b"\n"):
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+        except BaseException:
+            self.lock.release()
+            raise
+        return True
 
-
-def _torn(path: Path) -> int:
-    """Bytes of a line that a full disk cut short, at the end of a journal; it would spoil what is written after it."""
-    data = path.read_bytes()
-    return len(data) - data.rfind(b"\n") - 1 if data.startswith(RECORD) else 0
+    def release(self) -> None:
+        self.lock.release()

@@ -27,6 +27,7 @@ from regrow.engines.bind import Subject
 from regrow.engines.clock import machine, measure_speed
 from regrow.engines.distil import Teacher
 from regrow.engines.perplexity import block_losses
+from regrow.engines.resume import newest
 from regrow.engines.texts import documents, fingerprint
 from regrow.engines.trained import only
 from regrow.engines.walk import check_finite
@@ -134,9 +135,13 @@ class Trials:
             with cache.held(folder, "this candidate"), only(self.subject.model, None):  # the teacher is frozen
                 found = recover(small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher)
             seconds = round(time.perf_counter() - began, 1)
-            return {"loss": self.loss(small), "seconds": seconds, "tokens": found.training.tokens}
+            trained = found.training
+            return {"loss": self.loss(small), "seconds": seconds, "tokens": trained.tokens, "resumed": trained.resumed}
 
-        return study.measure([dict(point) for point in points], measure, say=_said(progress, f"trained to {mark:,}"))
+        near = sorted(points, key=lambda point: newest(folders[said(point)]) is None)  # checkpoints may lie elsewhere
+        found = study.measure([dict(point) for point in near], measure, say=_said(progress, f"trained to {mark:,}"))
+        results = dict(zip(map(said, near), found, strict=True))
+        return [results[said(point)] for point in points]
 
     def deciding(self, train: Recover) -> dict[str, Any]:
         """What decides where a candidate's training ends, whatever its teacher and its texts are called."""

@@ -26,8 +26,12 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`."""
-    found = {int(mark.parent.name.rpartition("-")[2]): mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")}
-    return found[max(found)] if found else None
+    return max((mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that were done when it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def mark_complete(checkpoint: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from regrow.errors import SettingsError, UnknownName
@@ -17,21 +18,31 @@ RUNS = "runs"  # where TensorBoard's files lie, in the folder of a training
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Refuse, before anything long begins, what nobody knows or what is not installed.
+    """Refuse, before anything long begins, what nobody knows or what cannot begin here.
 
     Raises `UnknownName`, `SettingsError`.
     """
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UnknownName("tracker", name, set(INTEGRATION_TO_CALLBACK))
-        try:
-            INTEGRATION_TO_CALLBACK[name]()
-        except (RuntimeError, ImportError) as error:
+        if (why := _missing(name)) is not None:
             raise SettingsError(
-                f"recover.report_to = {name}, which cannot be used: {str(error).splitlines()[0]}",
-                "trackers whose package is installed",
-                "install it with pip, or leave it out: train.jsonl is always written",
-            ) from error
+                f"recover.report_to = {name}, which cannot be used: {why}",
+                "trackers that are installed and set up",
+                "install or set up what it wants, or leave it out: train.jsonl is always written",
+            )
+
+
+def _missing(name: str) -> str | None:
+    """Why one cannot begin here. Those that end a run when they go would complain where they were half made."""
+    made, there = INTEGRATION_TO_CALLBACK[name], getattr(integration_utils, f"is_{name}_available", None)
+    if hasattr(made, "__del__") and there is not None and not there():
+        return f"transformers finds no {name}, or it is switched off"
+    try:
+        made()
+    except Exception as error:  # each of them has its own
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def keep_runs(work: Path, out: Path) -> None:

@@ -20,7 +20,7 @@ from regrow.engines.domains import check_domains
 from regrow.engines.loop import Loop, arguments_of
 from regrow.engines.objective import Loss, Objective, as_objective, groups_of, next_token
 from regrow.engines.packed import Packed, as_packed
-from regrow.engines.resume import fingerprint, open_run, weights_fingerprint
+from regrow.engines.resume import fingerprint, open_run, step_of, weights_fingerprint
 from regrow.engines.sharding import whole_again
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.watch import Progress, Watch
@@ -32,6 +32,7 @@ FORWARDS = ("forward", "_original_forward")  # what accelerate sets on a model u
 class TrainResult:
     steps: int
     tokens: int
+    resumed: int  # of these, those that an earlier call had seen
     losses: tuple[dict[str, float], ...]  # step, tokens, loss (mean since the last), parts, learning_rate, heldout_loss
     seconds: float  # of this call
     stopped: str | None  # why it ended before all tokens were seen
@@ -78,10 +79,10 @@ def train(
             watch.on_train_begin(arguments, trainer.state, trainer.control)
         else:
             trainer.train(resume_from_checkpoint=str(start) if start else None)
-    tokens = trainer.state.global_step * settings.batch * trainer.block
-    return TrainResult(
-        trainer.state.global_step, tokens, tuple(watch.records), time.perf_counter() - began, watch.stopped
-    )
+    steps, each = trainer.state.global_step, settings.batch * trainer.block
+    resumed = 0 if start is None else step_of(start) * each
+    seconds = time.perf_counter() - began
+    return TrainResult(steps, steps * each, resumed, tuple(watch.records), seconds, watch.stopped)
 
 
 def _identity(
