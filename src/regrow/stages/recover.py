@@ -39,12 +39,11 @@ from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.trained import Shapes, cut_and_norms, only
 from regrow.errors import SettingsError
-from regrow.recovery import RATES, Recover
+from regrow.recovery import RATES, WHOLE, Recover
 
 Progress = Callable[[int, int, str], None]
 
 FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them, ast moves them"
-WHOLE = ("full", "ast", "cut")  # methods that train weights themselves
 OFTEN = 50  # steps between two updates of a mixture's weights, where nothing else is asked (Sheared LLaMA)
 FEW = 0.01  # of the weights under adapters; fewer that change were hardly worth the training
 
