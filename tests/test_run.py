@@ -549,7 +549,9 @@ def test_heads_that_cannot_be_refitted(recipe: Make) -> None:
     whole = full(subject.anatomy)["head"]
     few = {"rank_tokens": 0, "band": 0.9, "candidates": 99}
     for choices, left in (((whole, 1), {whole}), ((1,), None)):
-        searched = recipe(**asked, divisors={"neuron": 1}, search={**few, "choices": {"head": choices, "neuron": (20, 12, 4)}})
+        searched = recipe(
+            **asked, divisors={"neuron": 1}, search={**few, "choices": {"head": choices, "neuron": (20, 12, 4)}}
+        )
         if left is None:
             with pytest.raises(SettingsError, match="can go on: refit of heads in a olmo2"):
                 candidates(subject, searched)
