@@ -31,7 +31,7 @@ FLOORS = {
     "engines": 3,
     "stages": 4,
     **dict.fromkeys(("prepare", "record", "run", "kept", "search", "study", "dryrun", "sparse_costs", "references"), 5),
-    **dict.fromkeys(("foretold", "staged", "cut_checks", "plan_checks", "trials"), 5),
+    **dict.fromkeys(("foretold", "staged", "cut_checks", "recovery_checks", "plan_checks", "trials"), 5),
     **dict.fromkeys(("", "__main__", "cli", "page", "door"), 6),
 }
 HOOKED = tuple(f"engines.{name}" for name in ("walk", "inputs", "gates", "head", "match"))

@@ -24,6 +24,7 @@ from regrow.artifacts.report import Report
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Shape
 from regrow.artifacts.sight import CRITERIA
+from regrow.artifacts.space import full
 from regrow.dryrun import ITEM_TOKENS, SCORE_COPIES, dry_run, machine_gflops
 from regrow.engines import checkpoint, provenance
 from regrow.engines.bind import Subject
@@ -39,6 +40,7 @@ from regrow.errors import (
 )
 from regrow.prepare import as_wish, check_steps
 from regrow.recipe_files import RECIPES, find_recipe, overlay, read_recipe, recipe_names
+from regrow.search import candidates
 from regrow.settings import Recipe, parse
 from regrow.stages import recover as recovering
 
@@ -520,6 +522,41 @@ def test_where_nothing_can_be_refitted(
     heads = {"axes": ["head", "neuron"], "uniform": True, "split": {"head": 1, "neuron": 0.2}, "keep": "85%"}
     with pytest.raises(SettingsError, match="refit and merge_heads"):
         walk(recipe(**heads, merge_heads="laco", refit={}), tmp_path / "out")
+
+
+def test_text_that_has_no_halves(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block is refused before anything is scored: too few tokens asked for, or too few in the text."""
+    forbid(monkeypatch, "scored", "measured")
+    (text := tmp_path / "mine.txt").write_text("\n\n".join(f"{i} " + "the river rose " * 3 for i in range(200)))
+    for changes in ({"refit": {"tokens": 100}}, {"refit": {}, "calibration": {"text": str(text), "block": 300}}):
+        with pytest.raises(
+            TextError, match=r"refit on one block of text, of \d+ tokens\n.*two at least\n.*refit.tokens"
+        ):
+            walk(recipe(criterion="magnitude", **changes), tmp_path / "out")
+
+
+def test_heads_that_cannot_be_refitted(recipe: Make) -> None:
+    """Known of the shape alone: of the plan to come, and of every shape that a search may try."""
+    model = make("olmo2")
+    subject = Subject(model, None, anatomy_of(model), {}, torch.float32)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"axes": ["head", "neuron"], "uniform": True, "refit": {}, "keep": "75%"}
+    plain = recipe(**asked, divisors={"neuron": 1})
+    wish = as_wish(plain)
+    assert wish is not None
+    with pytest.raises(SettingsError, match="refit of heads in a olmo2"):
+        check_steps(subject, plain, wish)
+    check_steps(subject, plain.model_copy(update={"refit": None}), wish)
+    whole = full(subject.anatomy)["head"]
+    few = {"rank_tokens": 0, "band": 0.9, "candidates": 99}
+    for choices, left in (((whole, 1), {whole}), ((1,), None)):
+        searched = recipe(
+            **asked, divisors={"neuron": 1}, search={**few, "choices": {"head": choices, "neuron": (20, 12, 4)}}
+        )
+        if left is None:
+            with pytest.raises(SettingsError, match="can go on: refit of heads in a olmo2"):
+                candidates(subject, searched)
+        else:
+            assert {point["head"] for point in candidates(subject, searched).points} == left
 
 
 def test_a_dry_run_counts_what_is_refitted(recipe: Make) -> None:

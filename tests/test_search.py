@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from regrow.artifacts.budget import Budget
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
 from regrow.artifacts.shape import MEASURES
+from regrow.artifacts.sight import CRITERIA
 from regrow.artifacts.space import full, shape_of, totals_of
 from regrow.engines.bind import Subject
-from regrow.engines.checkpoint import round_to, write
+from regrow.engines.checkpoint import write
 from regrow.engines.loop import Loop
 from regrow.errors import BrokenModel, BudgetError, RegrowWarning, SettingsError, TextError, UnknownName
 from regrow.recipe_files import overlay
@@ -95,7 +97,7 @@ def test_the_road(recipe: Make, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert report.search == found
     assert found["size"] == 2 * 1 * 9 * 4
-    assert len(found["scored"]) == min(3, found["inside"])
+    assert len(found["scored"]) == min(3, found["unbeaten"])
     losses = [row["loss"] for row in found["scored"]]
     assert losses == sorted(losses)
     assert [row["widths"] for row in found["ranked"]] == [row["widths"] for row in found["scored"][:2]]
@@ -467,7 +469,7 @@ def test_latency(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [row["latency_ms"] for row in found["scored"]][2] == 3.0
     assert [row["widths"] for row in found["ranked"]] == [row["widths"] for row in found["scored"][:2]]
     report = Report.from_json(json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")))
-    assert any("3 of " in note and "(1 of them are too slow)" in note for note in report.notes)
+    assert any("; 3 were scored as cut (1 of them are too slow)" in note for note in report.notes)
     assert same_but_time(walked(asked, tmp_path / "again"), found)  # no time is taken again, the dense model's neither
     with pytest.raises(BudgetError, match=r"latency 0.5ms .*\n.*at least 1.0 ms"):
         run(recipe(search={"latency": "0.5ms", "rank_tokens": 0}), tmp_path / "slow", page=no_page)
@@ -572,6 +574,146 @@ def test_a_search_belongs_to_its_code(recipe: Make, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(trials, "cut_copy", lambda *given: seen.append(1) or real(*given))
     help_search(recipe(search={"rank_tokens": 0}))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("rank_tokens", [0, 512])
+def test_a_search_belongs_to_the_code_of_its_criterion(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, rank_tokens: int
+) -> None:
+    """A user turns a criterion of their own about: other units stay, and nothing measured before is said of them."""
+    found, known = [], CRITERIA.get("magnitude")
+    for code, sign in (("before", 1), ("after", -1)):
+        own = replace(known, name="mine", code=code, score=lambda sight, sign=sign: sign * known.score(sight))
+        monkeypatch.setitem(CRITERIA._items, "mine", own)
+        one = {"candidates": 2, "rank_tokens": rank_tokens}
+        found.append(help_search(recipe(criterion="mine", axes=["neuron", "channel"], search=one)))
+    first, then = (chosen.record for chosen in found)
+    assert first["inside"] == then["inside"]
+    losses = [{str(row["widths"]): row["loss"] for row in record["scored"]} for record in (first, then)]
+    assert all(losses[0][shape] != losses[1][shape] for shape in losses[0])
+    ends = [{row["losses"][-1]["loss"] for row in record["ranked"]} for record in (first, then)]
+    assert not ends[0] & ends[1]
+
+
+def deep(**changes: Any) -> dict[str, Any]:
+    """A search in which some shapes lose layers alone, and all that are left of others have six."""
+    choices = {"layer": [6, 5], "neuron": [352, 288]}
+    space = {"rank_tokens": 128, "checkpoints": 1, "band": 0.3, "choices": choices}
+    usual = {"keep": "89%", "criterion": "magnitude", "axes": ["layer", "neuron"], "divisors": {}, "search": space}
+    return overlay(usual, changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says", "inside", "unbeaten", "unfit"),
+    [
+        ({"recover": {"method": "cut"}}, "no matrix smaller", 3, 1, 1),
+        ({"recover": {"distil": {"states": [0, 6]}}}, "states at place 6", 3, 1, 2),
+        ({"recover": {"method": "spp", "rank": 16}, "search": {"choices": {"layer": [6], "neuron": [288, 280]}}},
+         "SPP of rank 16", 2, 1, 1),
+    ],
+    ids=["cut", "states", "spp"],
+)  # fmt: skip
+def test_shapes_that_cannot_be_trained_are_left_out(
+    recipe: Make, asked: dict[str, Any], says: str, inside: int, unbeaten: int, unfit: int
+) -> None:
+    """Before any is scored, and it is said how many and why. Whoever is left is not exceeded by one that is not."""
+    made = recipe(**deep(**asked))
+    found = help_search(made)
+    assert (found.record["inside"], found.record["unbeaten"]) == (inside, unbeaten)
+    assert found.record["unfit"]["shapes"] == unfit
+    assert says in found.record["unfit"]["why"]
+    assert any(f"{unfit} of them were left out" in note and says in note for note in found.notes)
+
+
+def test_a_search_that_cannot_go_on(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shape of it can be trained: refused before anything is scored."""
+    monkeypatch.setattr("regrow.run.scored", lambda *_: pytest.fail("scored"))
+    for asked, says in (
+        ({"recover": {"method": "cut"}, "search": {"choices": {"neuron": [352], "layer": [5]}}}, "no matrix smaller"),
+        ({"recover": {"method": "spp", "rank": 3}}, "SPP of rank 3"),
+        ({"recover": {"method": "spp", "rank": 3, "tokens": 128}, "search": {"rank_tokens": 0}}, "SPP of rank 3"),
+    ):
+        with pytest.raises(SettingsError, match=rf"none of . shapes inside the budget can go on: .*{says}"):
+            help_search(recipe(**deep(**asked)))
+    monkeypatch.undo()
+
+
+def test_a_grid_says_how_many_are_inside(recipe: Make) -> None:
+    """All that fill the budget, and of these those that no other exceeds; by lot there are no such."""
+    subject, loose = load(recipe().model), {"band": 0.3}
+    pool = searching.candidates(subject, recipe(search={**loose, "candidates": 999}))
+    lot = searching.candidates(subject, recipe(search={**loose, "candidates": 999, "method": "random"}))
+    assert pool.inside == lot.inside == len(lot.points) > len(pool.points) == pool.unbeaten
+    assert (lot.unbeaten, lot.unfit, lot.why) == (None, 0, None)
+    found = help_search(recipe(search={**loose, "rank_tokens": 0}))
+    expected = (
+        f"search: {pool.inside} shapes inside the budget, of which no other exceeds {pool.unbeaten}; 3 were scored"
+    )
+    assert found.notes[0].startswith(expected)
+
+
+def test_another_micro_batch(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loss hangs on the pass it is another training, which does not meet the checkpoints of the first."""
+
+    def torn(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    real, calls = trials.recover, 0
+    asked = {"search": {"candidates": 2}, "recover": {"distil": {"states": [1]}}}
+    monkeypatch.setattr(trials, "recover", torn)
+    with pytest.raises(KeyboardInterrupt):
+        help_search(recipe(**asked))
+    found = help_search(recipe(**overlay(asked, {"recover": {"micro_batch": 1}})))
+    assert len(found.record["ranked"]) == 2
+    assert calls == 3 + 4
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_an_interrupted_search_left_may_be_dropped(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """The recipe says whether its first part goes on; later parts go on with what this process has done itself."""
+    seen, real = [], trials.recover
+
+    def watched(*given: Any, **named: Any) -> Any:
+        seen.append(given[2].resume)
+        return real(*given, **named)
+
+    monkeypatch.setattr(trials, "recover", watched)
+    help_search(recipe(recover={"resume": resume}))
+    assert seen == [resume, resume, True, True]
+
+
+def test_a_dense_model_without_a_loss(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of its latency is a share of nothing."""
+    real = trials.Trials.judged
+
+    def judged(self: Any, model: Subject) -> dict[str, Any]:
+        return broken() if model is self.subject else {**real(self, model), "latency_ms": 1.0}
+
+    monkeypatch.setattr(trials, "latency", lambda _: 1.0)
+    monkeypatch.setattr(trials.Trials, "judged", judged)
+    with pytest.raises(BrokenModel, match=r"latency 80% of a dense model that gives no loss: NaN\n.*12ms"):
+        help_search(recipe(search={"latency": "80%", "rank_tokens": 0}))
+
+
+def test_a_search_reads_the_calibration_text(recipe: Make, tmp_path: Path) -> None:
+    """To judge by, though its scores read none: it is not measured on, it must be there, and its blocks must fit."""
+    text = tmp_path / "mine.txt"
+    text.write_text("\n\n".join(f"{n} " + "word " * 60 for n in range(800)))
+    weights = {"criterion": "magnitude", "axes": ["neuron"], "evaluate": {"text": str(text)}}
+    with pytest.raises(TextError, match="of its paragraphs are calibration text"):
+        prepare.check(recipe(**weights, calibration={"text": str(text)}))
+    prepare.check(recipe(**weights, calibration={"text": str(text)}, search=None))
+    with pytest.raises(TextError, match=r"nosuch\.txt"):
+        prepare.check(recipe(criterion="magnitude", axes=["neuron"], calibration={"text": "nosuch.txt"}))
+    long = recipe(criterion="magnitude", axes=["neuron"], calibration={"block": 10**5})
+    with pytest.raises(SettingsError, match=r"calibration\.block = 100000, and the model reads"):
+        prepare.check_blocks(load(long.model), long)
 
 
 MEASURED: dict[str, Callable[[Subject, Path], int]] = {

@@ -8,7 +8,7 @@ from typing import Any
 from regrow.artifacts.report import Report
 from regrow.cli.finish import pages
 from regrow.kept import Progress
-from regrow.recipe_files import exact, find_recipe, overlay, read_recipe
+from regrow.recipe_files import exact, find_recipe, of_method, overlay, read_recipe
 from regrow.recovery import Recover
 from regrow.run import run
 from regrow.settings import SPARSE_CALIBRATION, Sparsify, parse
@@ -24,7 +24,8 @@ def prune(
     `regrow.errors`.
     """
     data = read_recipe(find_recipe(recipe)) if recipe else {}
-    return _run(exact(overlay(data, {**settings, "model": model}), settings), out, progress)
+    laid = exact(overlay(data, {**settings, "model": model}), settings)
+    return _run(of_method(laid, data), out, progress)
 
 
 def sparsify(model: str, out: str | Path, *, progress: Progress | None = None, **settings: Any) -> Report:

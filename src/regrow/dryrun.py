@@ -121,7 +121,6 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
     dense, cut = costs(anatomy, anatomy.dense), costs(anatomy, shape)
     trained = recipe.recover
     answers = task_logits(recipe.evaluate, anatomy)
-    logits = 4 * 3 * anatomy.sizes["V"]  # logits, log-probabilities and their gradient, fp32, a token
     before = _row("measure before", measured, dense.flops_per_token, 4 * dense.parameters + answers, gflops)
     if not recipe.cuts:
         rows = [before, *sparse_rows(recipe, anatomy, dense, gflops)]
@@ -131,7 +130,8 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
         rows[2:2] = search_rows(recipe, dense, cut, gflops)
     if trained is not None and trained.tokens:
         held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
-        flops, made = 3 * cut.flops_per_token, trained.micro_batch * trained.block * logits
+        flops = 3 * cut.flops_per_token
+        made = 4 * 3 * min(head.NUMBERS, trained.micro_batch * trained.block * anatomy.sizes["V"])  # as gradients too
         if trained.teacher is not None and (more := trained.distil.teacher_tokens):
             whole = 4 * TRAIN_COPIES["full"] * dense.parameters + 4 * cut.parameters + made
             rows.append(_row("correct the teacher", more, 3 * dense.flops_per_token, round(whole), gflops))

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from regrow.artifacts.family import Unit
-from regrow.artifacts.plan import Plan
+from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy
+from regrow.artifacts.space import Widths, full
 from regrow.engines.bind import bind
 from regrow.engines.hetero import holder
 from regrow.errors import SettingsError
@@ -47,6 +48,15 @@ def foretold_plan(config: PreTrainedConfig, anatomy: Anatomy, wish: Wish, stages
     asked = replace(wish, spread="uniform") if guessed else wish
     plan = staged(anatomy, _even(anatomy, wish), asked, stages, between)
     return plan, guessed and plan.shape() != anatomy.dense
+
+
+def first_units(anatomy: Anatomy, widths: Widths) -> Plan:
+    """A plan that keeps the first units and layers: what `widths` alone decide, it has in common with any other."""
+    kept, group = {**full(anatomy), **widths}, anatomy.sizes["G"]
+    groups, neurons = tuple(range(kept["group"])), tuple(range(kept["neuron"]))
+    heads = tuple(g * group + h for g in groups for h in range(kept["head"]))
+    rows = (LayerPlan(index, groups, heads, neurons) for index in range(kept["layer"]))
+    return Plan(tuple(range(kept["channel"])), tuple(rows))
 
 
 def _even(anatomy: Anatomy, wish: Wish) -> Scores:

@@ -20,20 +20,27 @@ from regrow.settings import Recipe
 
 
 def check_planned(subject: Subject, plan: Plan, recipe: Recipe) -> None:
-    """Refuse a rank of SPP that does not divide the outputs which a cut leaves, places of states in layers which it
-    does not, and to train what was cut where nothing is narrower; warn of a smaller teacher. Raises `SettingsError`."""
+    """Refuse what `check_left` does, and warn of a smaller teacher (a search has). Raises `SettingsError`."""
+    check_left(subject.anatomy, plan, recipe)
+    asked = recipe.recover
+    if recipe.search is None and asked is not None and asked.tokens and asked.teacher is not None:
+        warn_of_smaller(asked.teacher, count(subject.anatomy, plan.shape()))
+
+
+def check_left(anatomy: Anatomy, plan: Plan, recipe: Recipe) -> None:
+    """Refuse heads that cannot be refitted, a rank of SPP that does not divide the outputs which a cut leaves, places
+    of states in layers which it does not, and to train what was cut where nothing is narrower. Raises `SettingsError`.
+    """
     if recipe.refit is not None:
-        check_refit(subject.anatomy, plan)
+        check_refit(anatomy, plan)
     asked = recipe.recover
     if asked is None or not asked.tokens:
         return
     if asked.teacher is not None:
         match = Match(LIKENESSES.get(asked.distil.likeness), asked.distil.states, None, asked.distil.likeness_options)
         check_depths(match.likeness, match.places, len(plan.layers))
-        check_attention(subject.anatomy, plan, match)
-        if recipe.search is None:  # which has warned before its trainings
-            warn_of_smaller(asked.teacher, count(subject.anatomy, plan.shape()))
-    if asked.method == "cut" and plan.layers and not narrower(subject.anatomy, plan):
+        check_attention(anatomy, plan, match)
+    if asked.method == "cut" and plan.layers and not narrower(anatomy, plan):
         raise SettingsError(
             "recovery of what was cut alone, and the cut makes no matrix smaller: whole layers go",
             "a cut of widths",
@@ -41,11 +48,11 @@ def check_planned(subject: Subject, plan: Plan, recipe: Recipe) -> None:
         )
     if asked.method != "spp":
         return
-    shape, names = plan.shape(), set(zeros.prunable(subject.anatomy))
+    shape, names = plan.shape(), set(zeros.prunable(anatomy))
     layers = {units.index: left for units, left in zip(plan.layers, shape.layers, strict=True)}
     rows = {
-        tensor.name: tensor_size(subject.anatomy, tensor, layers[tensor.layer], shape.channels)[-2]
-        for tensor in subject.anatomy.tensors
+        tensor.name: tensor_size(anatomy, tensor, layers[tensor.layer], shape.channels)[-2]
+        for tensor in anatomy.tensors
         if tensor.name in names and tensor.layer in layers and not gone(tensor, layers[tensor.layer])
     }
     spp_forward.check_rank(asked.rank, rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from regrow.artifacts.ask import SPREADS
 from regrow.artifacts.budget import Budget
-from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
+from regrow.artifacts.goal import LIKENESSES
 from regrow.artifacts.pattern import Pattern
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.share import ZERO_SPREADS
@@ -24,17 +24,18 @@ from regrow.engines.domains import joined
 from regrow.engines.kept_teacher import check_k
 from regrow.engines.match import check_depths
 from regrow.engines.packed import Packed
+from regrow.engines.refit import check_halves, check_refit
 from regrow.engines.texts import Part, documents, is_rows, shared
-from regrow.engines.trackers import check_trackers
 from regrow.errors import RegrowWarning, SettingsError, TextError
 from regrow.foretold import foretold_plan
+from regrow.kept import calibration
 from regrow.plan_checks import warn_of_smaller
 from regrow.recovery import BASE, KEEPS, KEEPS_CUT, Recover
+from regrow.recovery_checks import check_recovery
 from regrow.settings import Recipe
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
-from regrow.stages.recover import WHOLE, as_train, check_lesson
 from regrow.stages.score import reads_text
 
 HELDOUT_TOKENS = 4096  # that the curve of a recovery is measured on
@@ -55,55 +56,8 @@ def check_words(recipe: Recipe) -> Wish | None:
         Pattern.parse(recipe.sparsify.pattern)
         ZERO_SPREADS.get(recipe.sparsify.spread)
         sparsify.choose(recipe.sparsify)
-    asked = recipe.recover
-    if asked is not None and asked.tokens:
-        as_train(asked, recipe.seed)
-        check_trackers(asked.report_to)
-        _check_place(recipe.device)
-        DIVERGENCES.get(asked.loss).check(asked.distil.options)
-        LIKENESSES.get(asked.distil.likeness).check(asked.distil.likeness_options)
-        if asked.teacher is not None:
-            check_lesson(asked)
-        _check_policy(asked)
-        if recipe.dtype == "fp16":
-            raise SettingsError(
-                "recovery in fp16, where gradients of deep models vanish",
-                "fp32 or bf16",
-                "use --dtype bf16; weights are stored in the checkpoint's own type all the same",
-            )
-        if asked.method in WHOLE and recipe.dtype != "fp32":
-            raise SettingsError(
-                f"recovery of all weights in {recipe.dtype}",
-                "fp32, where small updates are not rounded away",
-                "use --dtype fp32, or adapters, such as recover.method=spp of a sparse model and lora of another",
-            )
+    check_recovery(recipe)
     return wish
-
-
-def _check_place(device: str) -> None:
-    """Raise `SettingsError` for a GPU that the trainer would not take: it knows the first it sees."""
-    number = device.removeprefix("cuda:")
-    if number != device and number != "0":
-        raise SettingsError(
-            f"training on {device}",
-            "auto, cpu, cuda, mps: the trainer takes the first GPU that it sees",
-            f"show it no other: CUDA_VISIBLE_DEVICES={number} before the command, and --device cuda",
-        )
-
-
-def _check_policy(asked: Recover) -> None:
-    """Raise `SettingsError` where text that the student writes would be taken for text that is right."""
-    distil = asked.distil
-    if asked.teacher is None or not distil.on_policy:
-        return
-    for name, value in (("text", distil.text), ("online_rate", distil.online_rate)):
-        if value:
-            raise SettingsError(
-                f"recover.distil.{name} = {value:g} beside on_policy = {distil.on_policy:g}: the next token to learn "
-                "would be the student's own",
-                "one of them",
-                "leave one out",
-            )
 
 
 def fitted(recipe: Recipe, anatomy: Anatomy) -> Recipe:
@@ -177,10 +131,12 @@ def check_subject(subject: Subject, recipe: Recipe, wish: Wish | None) -> None:
 
 
 def check_steps(subject: Subject, recipe: Recipe, wish: Wish) -> None:
-    """Refuse steps that lead nowhere whatever the scores, merging where fewer heads stay than go, and merging and
-    refitting in a sparse model. Raises `SettingsError`, `BudgetError`."""
-    if recipe.search is None and (recipe.stages > 1 or wish.merge != "off"):
-        foretold_plan(subject.model.config, subject.anatomy, wish, recipe.stages)
+    """Refuse steps that lead nowhere whatever the scores, merging where fewer heads stay than go, refitting what cannot
+    be, and merging and refitting in a sparse model. Raises `SettingsError`, `BudgetError`."""
+    if recipe.search is None and (recipe.stages > 1 or recipe.refit is not None or wish.merge != "off"):
+        plan, guessed = foretold_plan(subject.model.config, subject.anatomy, wish, recipe.stages)
+        if recipe.refit is not None and not guessed:
+            check_refit(subject.anatomy, plan)
     if recipe.refit is not None and wish.merge != "off":
         raise SettingsError(
             f"refit and merge_heads = {wish.merge}", "one of them: what is merged is read otherwise", "leave one out"
@@ -306,6 +262,8 @@ def check_texts(subject: Subject, recipe: Recipe) -> None:
         text, block = documents(recipe.calibration.text, "calibration"), recipe.calibration.block
         what = f"the calibration part of {recipe.calibration.text}"
         tokens.blocks(text, subject.tokenizer, block=block, tokens=block, seed=recipe.seed, what=what)
+    if recipe.refit is not None:
+        check_halves(calibration(subject, recipe, min(recipe.refit.tokens, 2 * recipe.calibration.block)))
     asked = recipe.recover
     if asked is not None and asked.tokens:
         for part, _, seed in recovery_parts(recipe):
@@ -337,9 +295,10 @@ def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, s
 
 
 def calibrates(recipe: Recipe) -> bool:
-    """Whether any stage reads the calibration text."""
-    scores = recipe.cuts and (recipe.refit is not None or reads_text(chosen_criteria(recipe)))
-    return scores or (recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify))
+    """Whether any stage reads the calibration text; a search judges by it, whatever the scores read."""
+    always = recipe.refit is not None or recipe.search is not None
+    cutting = recipe.cuts and (always or reads_text(chosen_criteria(recipe)))
+    return cutting or (recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify))
 
 
 def as_wish(recipe: Recipe) -> Wish | None:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from regrow.errors import SettingsError, UnknownName
+from regrow.recovery import ADAPTED, WHOLE
 from regrow.settings import Recipe
 
 
@@ -78,6 +79,15 @@ def overlay(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 def exact(data: Mapping[str, Any], said: Collection[str]) -> dict[str, Any]:
     """`data` without the budget of its recipe, where a shape was `said` on top and no budget beside it."""
     return {**data, "keep": None} if data.get("shape") and "shape" in said and "keep" not in said else dict(data)
+
+
+def of_method(data: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` without what its `recipe` says of adapters, where another method was laid on top, which has none."""
+    own, asked = (part if isinstance(part := given.get("recover"), Mapping) else {} for given in (recipe, data))
+    if asked.get("method") not in WHOLE or asked["method"] == own.get("method"):
+        return dict(data)
+    stale = {name for name in ADAPTED if name in own and asked.get(name) == own[name]}
+    return {**data, "recover": {name: value for name, value in asked.items() if name not in stale}}
 
 
 def dump(recipe: Recipe) -> str:

@@ -18,6 +18,8 @@ class Part(BaseModel):
 DROPOUT = 0.05  # LLM-Pruner's, for LoRA
 BASE = "base"  # the teacher that is where everything began
 KEEPS, KEEPS_CUT = "spp", "hira"  # how a sparse model recovers unless another way is named; of any width when it is cut
+WHOLE = ("full", "ast", "cut")  # methods that train weights themselves
+ADAPTED = ("rank", "alpha", "dropout")  # words about adapters, which those have not
 RATES = {"lora": 3e-4, "lora-masked": 1e-3, "spp": 1e-2, "hira": 1e-2, "ia3": 1e-2}
 RATES |= dict.fromkeys(("full", "cut", "ast"), 3e-5)
 """The peak rate of each way to recover. LoRA of a cut model: LLM-Pruner's. Of a sparse model: the best of three by
@@ -26,7 +28,7 @@ rounded away in 16 bits. All weights: less than was best there (1e-4), since lar
 
 
 class Distil(Part):
-    """How a student learns from its teacher; without one nothing of this is read."""
+    """How a student learns from its teacher; without one nothing of this may be asked for."""
 
     options: dict[str, Any] = Field(default_factory=dict, description="options of the loss: temperature, beta")
     text: float = Field(
@@ -198,6 +200,12 @@ class Recover(Part):
     def sources(self) -> tuple[str, ...]:
         """Where its text comes from."""
         return tuple(sorted(self.mixture)) or (self.text,)
+
+    @property
+    def by_pass(self) -> bool:
+        """Whether it hangs on `micro_batch` where it ends: what a loss weighs, or a student writes, is of a pass."""
+        asked = self.distil
+        return self.teacher is not None and (asked.on_policy > 0 or (bool(asked.states) and asked.weight is None))
 
     @field_validator("alpha")
     @classmethod

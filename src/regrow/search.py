@@ -16,12 +16,13 @@ from regrow.artifacts.budget import Budget, Latency
 from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
-from regrow.artifacts.shape import count
+from regrow.artifacts.shape import Anatomy, count
 from regrow.artifacts.space import Space, Widths, drawn, full, inside, shape_of, space_of, unbeaten
 from regrow.engines.bind import Subject
 from regrow.errors import BrokenModel, BudgetError, SettingsError
+from regrow.foretold import first_units
 from regrow.kept import Progress
-from regrow.plan_checks import warn_of_smaller
+from regrow.plan_checks import check_left, warn_of_smaller
 from regrow.prepare import as_trained, ranking, recovery_text
 from regrow.settings import Recipe
 from regrow.stages.plan import Wish, meet
@@ -40,6 +41,9 @@ class Pool:
     points: Sequence[Widths]
     inside: int
     space: Space
+    unbeaten: int | None = None  # of a grid, how many no other exceeds: those are scored
+    unfit: int = 0  # how many are left out, since what is to follow cannot
+    why: str | None = None  # of the first of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +56,20 @@ class Chosen:
     @property
     def notes(self) -> tuple[str, ...]:
         found = self.record
-        spent = f"search: {len(found['scored'])} of {found['inside']} shapes inside the budget were scored as cut"
+        first = "" if found["unbeaten"] is None else f", of which no other exceeds {found['unbeaten']:,}"
+        spent = (
+            f"search: {found['inside']:,} shapes inside the budget{first}; {len(found['scored'])} were scored as cut"
+        )
         if slow := sum("slow" in row for row in found["scored"]):
             spent += f" ({slow} of them are too slow)"
+        unfit = found["unfit"]
+        out = f"search: {unfit['shapes']:,} of them were left out, for what is to follow cannot: {unfit['why']}"
+        left = (out,) if unfit["shapes"] else ()
         if not found["ranked"]:
-            return (spent,)
+            return (spent, *left)
         other = "" if found["scored"][0]["widths"] == found["chosen"] else " (as cut, another was best)"
         trained = f"{len(found['ranked'])} of them trained, with {found['tokens']:,} tokens in all{other}"
-        return (f"{spent}, {trained}; {found['end']}",)
+        return (f"{spent}, {trained}; {found['end']}", *left)
 
 
 def search(
@@ -90,6 +100,8 @@ def search(
         "space": {unit: list(values) for unit, values in pool.space.choices.items()},
         "size": pool.space.size,
         "inside": pool.inside,
+        "unbeaten": pool.unbeaten,
+        "unfit": {"shapes": pool.unfit, "why": pool.why},
         "scored": rows,
         "ranked": ranked,
         "tau": taus([row["losses"] for row in ranked]),
@@ -200,7 +212,7 @@ def check_merged(subject: Subject, pool: Pool) -> None:
 
 
 def candidates(subject: Subject, recipe: Recipe) -> Pool:
-    """What is to be scored. Raises `BudgetError`, `SettingsError`."""
+    """What is to be scored: inside the budgets, and fit for what follows. Raises `BudgetError`, `SettingsError`."""
     asked, anatomy = recipe.search, subject.anatomy
     assert asked is not None
     assert recipe.keep is not None
@@ -211,12 +223,32 @@ def candidates(subject: Subject, recipe: Recipe) -> Pool:
             f"choices of layers from {sum(recipe.protect)}",
             "name search.choices of layers, or protect fewer",
         )
-    points: list[Widths] = list(
-        inside(anatomy, space, [Budget.parse(text) for text in (recipe.keep, *asked.also)], asked.band)
-    )
-    if asked.method == "grid":
-        points = unbeaten(points)
-    return Pool(drawn(points, asked.candidates, recipe.seed), len(points), space)
+    found = inside(anatomy, space, [Budget.parse(text) for text in (recipe.keep, *asked.also)], asked.band)
+    points, why = able(anatomy, found, recipe)
+    unfit = len(found) - len(points)
+    best = unbeaten(points) if asked.method == "grid" else None
+    left = drawn(points if best is None else best, asked.candidates, recipe.seed)
+    return Pool(left, len(found), space, None if best is None else len(best), unfit, why)
+
+
+def able(anatomy: Anatomy, points: Sequence[Widths], recipe: Recipe) -> tuple[list[Widths], str | None]:
+    """Those that can be refitted and trained as the recipe says, and what is wrong with the first of the others.
+
+    Raises `SettingsError` when none is left.
+    """
+    trained, left = as_trained(recipe), list[Widths]()
+    why: SettingsError | None = None
+    for point in points:
+        try:
+            check_left(anatomy, first_units(anatomy, point), trained)
+        except SettingsError as error:
+            why = why or error
+        else:
+            left.append(point)
+    if why is not None and not left:
+        came = f"a search in which none of {len(points):,} shapes inside the budget can go on: {why.came}"
+        raise SettingsError(came, why.allowed, why.todo) from why
+    return left, None if why is None else why.came
 
 
 def depths(subject: Subject, recipe: Recipe, wish: Wish) -> list[int]:

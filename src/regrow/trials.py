@@ -22,6 +22,7 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import count
 from regrow.artifacts.space import Widths, full, said, shape_of, totals_of
+from regrow.cut_checks import chosen_criteria
 from regrow.engines import checkpoint, provenance, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine, measure_speed
@@ -31,7 +32,7 @@ from regrow.engines.resume import newest
 from regrow.engines.texts import documents, fingerprint
 from regrow.engines.trained import only
 from regrow.engines.walk import check_finite
-from regrow.errors import TextError
+from regrow.errors import BrokenModel, TextError
 from regrow.kept import Progress, read_by
 from regrow.prepare import ranking, recovery_text
 from regrow.recovery import Recover
@@ -66,11 +67,13 @@ class Trials:
         self.subject, self.recipe, self.scores, self.wish, self.asked = subject, recipe, scores, wish, recipe.search
         self.text = judges(subject, recipe)
         self.folders: set[Path] = set()  # of trainings
+        self.begun: set[Path] = set()  # of those, by this process: what it has done itself it goes on with
         self.about = {
             "model": subject.source["fingerprint"],
             "dtype": recipe.dtype,
             "seed": recipe.seed,
             "scores": dict(scores.made_by),
+            "criteria_code": {unit: choice.criterion.code for unit, choice in chosen_criteria(recipe).items()},
             "rescale_norms": wish.rescale_norms,
             "protect": wish.protect,
             "merge": wish.merge,
@@ -97,9 +100,15 @@ class Trials:
         ]
 
     def dense_ms(self) -> float:
-        """What a token takes in the dense model; measured once, as candidates are."""
+        """What a token takes in the dense model; measured once, as candidates are. Raises `BrokenModel`."""
         study = Study(self.asked.storage, f"{self.timed} dense")
         (result,) = study.measure([full(self.subject.anatomy)], lambda _: self.judged(self.subject))
+        if "failed" in result:
+            raise BrokenModel(
+                f"latency {self.asked.latency} of a dense model that gives no loss: {result['failed']}",
+                "a finite loss, or milliseconds, such as 12ms",
+                "look at the model with `regrow doctor`, or name milliseconds",
+            )
         return float(result["latency_ms"])
 
     @property
@@ -132,8 +141,10 @@ class Trials:
             widths = _widths(point)
             small, folder = cut_copy(self.subject, self.plan(widths)), folders[said(widths)]
             began = time.perf_counter()
+            goes_on = train.model_copy(update={"resume": train.resume or folder in self.begun})
+            self.begun.add(folder)
             with cache.held(folder, "this candidate"), only(self.subject.model, None):  # the teacher is frozen
-                found = recover(small, blocks, train, folder=folder, seed=self.recipe.seed, teacher=teacher)
+                found = recover(small, blocks, goes_on, folder=folder, seed=self.recipe.seed, teacher=teacher)
             seconds = round(time.perf_counter() - began, 1)
             trained = found.training
             return {"loss": self.loss(small), "seconds": seconds, "tokens": trained.tokens, "resumed": trained.resumed}
@@ -147,7 +158,8 @@ class Trials:
         """What decides where a candidate's training ends, whatever its teacher and its texts are called."""
         taught_by = self.taught_by if train.teacher else None
         texts = [[fingerprint(source), train.mixture.get(source)] for source in train.sources]
-        return {**train.model_dump(mode="json", exclude=FREE), "teacher": taught_by, "texts": texts}
+        free = FREE - ({"micro_batch"} if train.by_pass else set())
+        return {**train.model_dump(mode="json", exclude=free), "teacher": taught_by, "texts": texts}
 
     @cached_property
     def taught_by(self) -> str:
@@ -167,7 +179,7 @@ class Trials:
         own = ranking(self.recipe)
         short = {"tokens": self.asked.rank_tokens, "schedule": "constant", "until": mark, "patience": None}
         plain = own.distil.model_copy(update=PLAIN)
-        return own.model_copy(update={**short, "report_to": (), "resume": True, "balance": "fixed", "distil": plain})
+        return own.model_copy(update={**short, "report_to": (), "balance": "fixed", "distil": plain})
 
     def teacher(self, train: Recover) -> Teacher | Subject | None:
         """The model itself, where it is the one that is named."""

@@ -21,10 +21,16 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from models import difference
+from regrow import door, prepare
 from regrow.cache import cache_dir
+from regrow.cli.run import laid
 from regrow.engines.bind import Subject
 from regrow.engines.checkpoint import logits, probe
 from regrow.engines.resume import newest, open_run
+from regrow.errors import SettingsError
+from regrow.recipe_files import dump, find_recipe, read_recipe, read_yaml
+from regrow.recovery import Recover
+from regrow.settings import Recipe, parse
 from regrow.stages.export import export
 
 RELATIONS = tuple(
@@ -242,6 +248,58 @@ def test_what_is_refused(
     refused: Refused, sprout_dir: Path, cut: Path, tmp_path: Path, flags: tuple[str, ...], says: tuple[str, ...]
 ) -> None:
     refused("recover", cut, "--teacher", sprout_dir, *FEW, *flags, "--out", tmp_path / "out", says=says)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--loss", "reverse-kl"), ("recover.loss = reverse-kl without a teacher", "name the teacher")),
+        (("--loss", "forward-kl"), ("recover.loss = forward-kl without a teacher",)),
+        (("--set", "recover.distil.on_policy=0.5"), ("recover.distil.on_policy = 0.5 without a teacher", "base")),
+        (("--set", "recover.distil={teacher_tokens: 9, cache: 256}"), ("teacher_tokens = 9, recover.distil.cache =",)),
+        (("--adapter", "full", "--rank", 16), ("recover.rank = 16 of adapters", "recover.method = full has none")),
+        (("--adapter", "full", "--rank", 8), ("recover.rank = 8 of adapters",)),
+        (("--adapter", "cut", "--set", "recover.dropout=0.1"), ("recover.dropout = 0.1 of adapters", "cut has none")),
+        (("--adapter", "ast", "--alpha", 4), ("recover.alpha = 4.0 of adapters", "leave it out")),
+    ],
+)
+def test_words_that_nobody_would_read(
+    refused: Refused, sprout_dir: Path, tmp_path: Path, flags: tuple[Any, ...], says: tuple[str, ...]
+) -> None:
+    refused("recover", sprout_dir, *flags, *FEW, "--out", tmp_path / "out", says=says)
+
+
+def test_words_that_a_recipe_would_have_read() -> None:
+    """Of a teacher who was taken away; those of adapters go with the method that had them."""
+
+    def asked(name: str, *sets: str) -> Recover:
+        found = parse(laid(read_recipe(find_recipe(name)), {}, sets))
+        prepare.check_words(found)
+        again = parse(read_yaml(dump(found)))
+        prepare.check_words(again)
+        assert found.recover is not None
+        return found.recover
+
+    for name in ("gkd", "okd", "plad"):
+        with pytest.raises(SettingsError, match=r"without a teacher.*\n.*\n.*recover\.distil=\{\}"):
+            asked(name, "recover.teacher=null")
+        asked(name, "recover.teacher=null", "recover.distil={}", "recover.loss=forward-kl")
+    assert asked("minitron", "recover.teacher=null").loss == "forward-kl"
+    for name in ("llm-pruner", "spp"):
+        for method in ("full", "ast"):
+            assert not {"rank", "alpha", "dropout"} & asked(name, f"recover.method={method}").model_fields_set
+            with pytest.raises(SettingsError, match=r"recover\.rank = 3 of adapters"):
+                asked(name, f"recover.method={method}", "recover.rank=3")
+        assert asked(name, "recover.method=lora-masked").rank == asked(name).rank
+
+
+def test_what_python_lays_over_a_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same as at the prompt."""
+    seen: list[Recipe] = []
+    monkeypatch.setattr(door, "run", lambda recipe, *_, **__: seen.append(recipe))
+    door.prune("demo", tmp_path, recipe="llm-pruner", recover={"method": "full"})
+    assert seen[0].recover is not None
+    assert "rank" not in seen[0].recover.model_fields_set
 
 
 def test_only_what_was_cut_of_a_model_that_was_not(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:

@@ -25,12 +25,18 @@ def test_search(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert done.out.startswith("the search is over: ")
     assert list(tmp_path.iterdir()) == [study]
+    helped = regrow(*asked, "--worker", "--json", "-q")
+    assert helped.code == 0, helped.err
+    assert len(helped.out.splitlines()) == 1
     done = regrow(*asked, "--out", out, "--json")
     assert done.code == 0, done.err
     found = json.loads((out / "search.json").read_text(encoding="utf-8"))
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert 0.95 * 1.15e6 <= report["after"]["size/parameters"]["value"] <= 1.15e6
     assert report["search"] == found
+    counted = {"scored": len(found["scored"]), "ranked": 2, "tokens": found["tokens"]}
+    assert helped.json == {"chosen": found["chosen"], **counted, "notes": helped.json["notes"]}
+    assert helped.json["notes"][0] in report["notes"]
     assert report["stages"]["search"]["tokens"] == found["tokens"] > 0
     assert "recover" not in report["stages"]
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -118,6 +124,12 @@ def test_what_is_refused(
 
 def test_a_search_needs_a_place_to_end(refused: Refused, sprout_dir: Path) -> None:
     refused("search", sprout_dir, says=("without --out", "--worker"))
+
+
+def test_a_worker_writes_no_folder(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
+    refused(
+        "search", sprout_dir, "--worker", "--out", tmp_path / "out", says=("--worker, which writes no folder", "--out")
+    )
 
 
 def test_shapes_that_cannot_be(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:

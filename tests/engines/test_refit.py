@@ -123,6 +123,8 @@ def entering(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         ("llama", ("layer", "group", "head", "neuron")),
         ("qwen2", ("group", "neuron")),
         ("gemma2", ("head", "neuron")),
+        ("llama", ("neuron", "channel")),
+        ("gemma2", ("neuron", "channel")),
     ],
 )
 def test_no_weights_fit_better(kind: str, units: tuple[Unit, ...]) -> None:
@@ -132,16 +134,18 @@ def test_no_weights_fit_better(kind: str, units: tuple[Unit, ...]) -> None:
     fitted = copy.deepcopy(whole)
     refit(fitted, anatomy_of(whole), kept, ids, damping=1e-8)
     small = cut(fitted, kept).model
-    checked = 0
+    checked, left = 0, list(kept.channels)
     for place, layer in enumerate(kept.layers):
         if not layer.neurons or len(layer.neurons) == anatomy_of(whole).sizes["F"]:
             continue
         mine, dense = small.model.layers[place].mlp, whole.model.layers[layer.index].mlp
         with entering({"mlp": mine, "down": mine.down_proj}) as seen, torch.no_grad():
             small(ids)
-            error = (dense(seen["mlp"]) - mine(seen["mlp"])).flatten(0, 1)  # (N, C)
+            wide = torch.zeros(*seen["mlp"].shape[:-1], anatomy_of(whole).sizes["C"])
+            wide[..., left] = seen["mlp"]
+            error = (dense(wide)[..., left] - mine(seen["mlp"])).flatten(0, 1)  # (N, channels kept)
             inputs = seen["down"].flatten(0, 1)  # (N, kept)
-            stale = (dense.down_proj.weight[:, list(layer.neurons)] - mine.down_proj.weight).norm()
+            stale = (dense.down_proj.weight[left][:, list(layer.neurons)] - mine.down_proj.weight).norm()
         assert stale > 1e-2
         assert error.norm() > 1e-2
         cosine = (error.T @ inputs).abs().max() / (error.norm() * inputs.norm())

@@ -150,7 +150,7 @@ def test_the_curve_falls_when_the_loss_does() -> None:
     assert "loss 2." in svg
 
 
-def test_the_smooth_line_does_not_lag_and_long_logs_are_thinned() -> None:
+def test_long_logs_are_thinned() -> None:
     rows = [{"step": float(i), "loss": float(i), "aux_loss": 1.0} for i in range(5000)]
     svg = curve(rows)
     assert svg is not None
@@ -158,6 +158,21 @@ def test_the_smooth_line_does_not_lag_and_long_logs_are_thinned() -> None:
     assert lines["raw s0"] < 400
     assert "aux loss 1" in svg
     assert "step" in svg
+
+
+@pytest.mark.parametrize("count", [60, 300])
+def test_the_smooth_line_of_a_straight_one_is_that(count: int) -> None:
+    """It lies on it, from end to end, and neither behind nor before."""
+    svg = curve([{"step": float(i), "loss": 2.0 * i} for i in range(count)])
+    assert svg is not None
+    drawn = {p.get("class"): p.get("d") or "" for p in ElementTree.fromstring(svg).iter("path")}
+    raw, smooth = (
+        [tuple(map(float, pair.split())) for pair in drawn[name][1:].split("L")] for name in ("raw s0", "line s0")
+    )
+    assert len(raw) == len(smooth) == count
+    assert all(a[0] == b[0] for a, b in zip(raw, smooth, strict=True))
+    whole = [(a[1], b[1]) for a, b in zip(raw, smooth, strict=True)][: count - count // 25]
+    assert all(a == pytest.approx(b, abs=0.11) for a, b in whole)
 
 
 def test_no_curve_without_two_losses() -> None:

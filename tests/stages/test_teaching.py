@@ -103,6 +103,28 @@ def test_resumed_equals_uninterrupted(stage: str, tmp_path: Path, monkeypatch: p
     assert [x["loss"] for x in found.training.losses] == [x["loss"] for x in then.training.losses]
 
 
+@pytest.mark.parametrize(
+    "distil", [{}, {"states": (1,)}, {"states": (1,), "weight": 1.0}, {"on_policy": 0.5}, {"online_rate": 1e-3}]
+)
+def test_what_hangs_on_the_pass(distil: dict[str, Any]) -> None:
+    """The recipe knows it as the loss does; without a teacher nothing of it is read."""
+    asked = Recover.model_validate({"method": "full", "teacher": str(SPROUT), "distil": distil})
+    goal = recovering.learning_from(dense().model, dense().model, asked, 0)
+    assert asked.by_pass is getattr(goal.loss, "by_pass", False)
+    assert asked.by_pass is (distil in ({"states": (1,)}, {"on_policy": 0.5}))
+    assert not asked.model_copy(update={"teacher": None}).by_pass
+
+
+def test_without_a_teacher_no_whole_logits_are_held(tmp_path: Path) -> None:
+    """Of the text's next token alone, and of what is held out of it."""
+    student, seen = dense(), list[int]()
+    student.model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+    asked = Recover(method="full", tokens=TOKENS, block=BLOCK, batch=4, learning_rate=1e-3)
+    found = recover(student, text(), asked, folder=tmp_path, seed=0, heldout=text("heldout")[:8])
+    assert found.training.losses[-1]["loss"] > 0
+    assert max(seen) < BLOCK
+
+
 def test_pairs_are_of_the_blocks_that_are_seen(tmp_path: Path) -> None:
     """Half as many as there is text for, and no more are written."""
     told: list[tuple[int, int, str]] = []

@@ -37,7 +37,7 @@ def finish(recipe: Recipe, out: Path, *, as_json: bool, quiet: bool) -> None:
         console.emit({"out": str(out), **{k: data[k] for k in ("before", "after", "retention", "shape", "notes")}})
 
 
-def help_out(recipe: Recipe, *, quiet: bool) -> None:
+def help_out(recipe: Recipe, *, as_json: bool, quiet: bool) -> None:
     """Measure candidates of a search that others share, until there are none left."""
     from regrow.run import help_search
 
@@ -45,6 +45,10 @@ def help_out(recipe: Recipe, *, quiet: bool) -> None:
         chosen = help_search(recipe, progress=say)
     if not quiet:
         print(f"the search is over: {chosen.plan.shape()}")
+    if as_json:
+        found = chosen.record
+        measured = {"scored": len(found["scored"]), "ranked": len(found["ranked"]), "tokens": found["tokens"]}
+        console.emit({"chosen": found["chosen"], **measured, "notes": chosen.notes})
 
 
 def pages(report: Report, plan: Plan | None, scores: Scores | None, recipe: str) -> Mapping[str, str]:

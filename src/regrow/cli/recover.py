@@ -51,6 +51,7 @@ def recover(
     """Train a model on recovery text. Run it again to go on after an interruption."""
     from regrow.cli.finish import finish
     from regrow.cli.run import assignment, put
+    from regrow.recovery_checks import check_read
     from regrow.settings import parse
 
     data: dict[str, Any] = present(
@@ -79,4 +80,7 @@ def recover(
     data["keep"] = None
     for item in override or []:
         data = put(data, *assignment(item))
-    finish(parse(data, "the command line"), out, as_json=as_json, quiet=quiet)
+    recipe = parse(data, "the command line")
+    if recipe.recover is not None:
+        check_read(recipe.recover, present(rank=rank, alpha=alpha, dropout=dropout, loss=loss))
+    finish(recipe, out, as_json=as_json, quiet=quiet)

@@ -57,12 +57,12 @@ def run(
 
 def laid(data: Mapping[str, Any], flags: Mapping[str, Any], override: Sequence[str] | None) -> dict[str, Any]:
     """A recipe with flags on top, and on top of these what `--set` says."""
-    from regrow.recipe_files import exact, overlay
+    from regrow.recipe_files import exact, of_method, overlay
 
     laid, said = overlay(data, flags), set(flags)
     for path, value in map(assignment, override or ()):
         laid, said = put(laid, path, value), {*said, path[0]}
-    return exact(laid, said)
+    return of_method(exact(laid, said), data)
 
 
 def assignment(item: str) -> tuple[list[str], Any]:

@@ -74,8 +74,14 @@ def search(
         trust_remote_code=trust_remote_code,
     )
     recipe = parse(laid(read_recipe(find_recipe("minitron")), flags, override), "the command line")
+    if worker and out is not None:
+        raise InputError(
+            f"--out {out} and --worker, which writes no folder",
+            "one of them",
+            "leave --out out here; the search that is helped writes its folder",
+        )
     if worker:
-        help_out(recipe, quiet=quiet)
+        help_out(recipe, as_json=as_json, quiet=quiet)
     elif out is None:
         raise InputError("a search without --out", "a folder to make, or --worker", "name one with --out DIR")
     else:

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from regrow.engines.chunks import save
 from regrow.engines.domains import mean_loss
-from regrow.engines.objective import next_token
 from regrow.engines.packed import Packed
+from regrow.engines.text_loss import text_loss
 from regrow.engines.train import train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.watch import Progress
@@ -55,7 +55,8 @@ def correct(
     device = teacher.device
     before = heldout_loss(teacher, heldout, settings.micro_batch)
     teacher.requires_grad_(True)
-    done = train(teacher, text, settings, folder=folder, heldout=heldout, resume=resume, progress=progress)
+    how: dict[str, Any] = {"loss": text_loss(teacher), "heldout": heldout, "resume": resume, "progress": progress}
+    done = train(teacher, text, settings, folder=folder, **how)
     if done.stopped is not None:
         raise SettingsError(
             f"a correction that ended early: {done.stopped}", "one that sees all its tokens", "ask for fewer tokens"
@@ -69,4 +70,4 @@ def correct(
 
 def heldout_loss(model: Any, text: Packed | None, size: int) -> float | None:
     """Mean nats of what is learnt of `text`, `size` blocks in a pass; None of no text."""
-    return None if text is None else mean_loss(model, next_token, text, size, model.device)
+    return None if text is None else mean_loss(model, text_loss(model), text, size, model.device)

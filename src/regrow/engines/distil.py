@@ -83,10 +83,15 @@ def read(model: Any, ids: Tensor, who: str) -> tuple[Tensor, Head]:
     return states, head if weight is None else replace(head, weight=weight)
 
 
+def known_head(model: Any) -> Head | None:
+    """The head, once it has given the model's own loss: some families do more to logits than this house knows of."""
+    return trusted_head(model, torch.arange(PROBE, device=model.device)[None] % model.config.vocab_size)
+
+
 def checked_head(model: Any, who: str) -> Head:
-    """The same, once it has given the model's own loss: some families do more to logits than this house knows of."""
+    """The same, which is needed. Raises `UnsupportedModel`."""
     head = needed_head(model, who)
-    if trusted_head(model, torch.arange(PROBE, device=model.device)[None] % model.config.vocab_size) is None:
+    if known_head(model) is None:
         raise UnsupportedModel(
             f"a {who} ({model.config.model_type}) whose logits are not those of its last states and its head",
             "a linear from states to logits, scaled or capped as in Cohere, Granite and Gemma",

@@ -57,6 +57,16 @@ def check_refit(anatomy: Anatomy, plan: Plan) -> None:
         )
 
 
+def check_halves(blocks: Tensor) -> None:
+    """Raise `TextError` for a single block (1, T): what is fitted on one half of the text is judged on the other."""
+    if len(blocks) < 2:
+        raise TextError(
+            f"refit on one block of text, of {blocks.shape[1]} tokens",
+            "two at least",
+            "raise refit.tokens, shorten calibration.block, or give more text",
+        )
+
+
 @torch.no_grad()
 def refit(
     model: Any,
@@ -73,8 +83,7 @@ def refit(
     `check_refit`), `TextError` for a single block, `BrokenModel` for inputs that are not finite or all the same.
     """
     check_refit(anatomy, plan)
-    if len(blocks) < 2:
-        raise TextError("refit on one block of text", "two at least", "read more tokens, or shorter blocks")
+    check_halves(blocks)
     gates = from_plan(anatomy, plan)
     layers = list(model.get_submodule(anatomy.family.layers).children())
     with gated(model, anatomy, _only(gates)):

@@ -65,7 +65,12 @@ def candidates(search: Mapping[str, Any] | None) -> Candidates | None:
 
 def _about(search: Mapping[str, Any]) -> str:
     scored, shown = len(search["scored"]), min(len(search["scored"]), MOST)
-    said = f"Of {search['size']:,} shapes {search['inside']:,} fill the budget; {scored:,} of them were scored as cut"
+    said = f"Of {search['size']:,} shapes {search['inside']:,} fill the budget"
+    if search.get("unfit", {}).get("shapes"):
+        said += f", and {search['unfit']['shapes']:,} of these cannot be trained as asked"
+    if search.get("unbeaten") is not None:
+        said += f"; {search['unbeaten']:,} are exceeded by no other"
+    said += f"; {scored:,} of them were scored as cut"
     if slow := sum(bool(row.get("slow")) for row in search["scored"]):
         said += f", {slow} of which are too slow"
     if search["ranked"]:

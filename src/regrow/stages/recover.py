@@ -26,7 +26,7 @@ from regrow.engines.distil import FromTeacher, Teacher, check_teacher, checked_h
 from regrow.engines.kept_teacher import FromKept, Kept, keep
 from regrow.engines.match import Match, Matcher
 from regrow.engines.mixture import Mixture
-from regrow.engines.objective import Loss, Objective, next_token
+from regrow.engines.objective import Loss, Objective
 from regrow.engines.on_policy import OnPolicy, Policy
 from regrow.engines.online_teacher import FromOnlineTeacher, Online
 from regrow.engines.packed import Packed, as_packed
@@ -34,17 +34,17 @@ from regrow.engines.pairs import Draw, Preferred, written
 from regrow.engines.resume import fingerprint, weights_fingerprint
 from regrow.engines.room import give_back
 from regrow.engines.sampling import prompt_of
+from regrow.engines.text_loss import text_loss
 from regrow.engines.tokens import separator
 from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.trained import Shapes, cut_and_norms, only
 from regrow.errors import SettingsError
-from regrow.recovery import RATES, Recover
+from regrow.recovery import RATES, WHOLE, Recover
 
 Progress = Callable[[int, int, str], None]
 
 FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them, ast moves them"
-WHOLE = ("full", "ast", "cut")  # methods that train weights themselves
 OFTEN = 50  # steps between two updates of a mixture's weights, where nothing else is asked (Sheared LLaMA)
 FEW = 0.01  # of the weights under adapters; fewer that change were hardly worth the training
 
@@ -78,7 +78,7 @@ def recover(
     device, dtype = model.device, model.dtype
     before = _before(subject, teacher)  # a teacher that learns too is given adapters
     held = None if heldout is None else as_packed(heldout, "held-out text")
-    lesson = _Lesson(next_token, as_packed(blocks), held, as_train(settings, seed))
+    lesson = _Lesson(text_loss(model), as_packed(blocks), held, as_train(settings, seed))
     chosen = cut_and_norms(model, before) if settings.method == "cut" else None
     if teacher is not None:
         lesson = _taught(subject, teacher, lesson, settings, folder, progress)
