@@ -348,7 +348,7 @@ def test_an_interrupted_recovery_goes_on_where_it_stopped(
     """And ends where it would have ended."""
     often = recovering.as_train
     monkeypatch.setattr(recovering, "as_train", lambda *x: dataclasses.replace(often(*x), save_every=2))
-    settings = {"method": method, "tokens": 6 * 4 * 64, "block": 64, "batch": 4, "micro_batch": 2, "rank": 2}
+    settings = {"method": method, "tokens": 6 * 4 * 64, "block": 64, "batch": 4, "micro_batch": 2}
     asked = recipe(keep="70%", recover=settings)
     step = 4 * 64
     with pytest.raises(KeyboardInterrupt):

@@ -32,7 +32,7 @@ from regrow.errors import BrokenModel
 from regrow.stages.recover import Recovered
 
 ENDS = ("q", "k", "v", "o", "gate", "up", "down")
-TRAIN = ("--tokens", 512, "--set", "recover.block=64", "--set", "recover.batch=2", "--rank", 8, "--text", "none")
+TRAIN = ("--tokens", 512, "--set", "recover.block=64", "--set", "recover.batch=2", "--text", "none")
 
 
 @pytest.fixture(scope="module")

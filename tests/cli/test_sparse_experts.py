@@ -31,7 +31,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
-TRAIN = ("--tokens", 256, "--rank", 2, "--set", "recover.block=32", "--set", "recover.batch=2", "--text", "none")
+TRAIN = ("--tokens", 256, "--set", "recover.block=32", "--set", "recover.batch=2", "--text", "none")
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +196,8 @@ def test_recovery_of_experts_keeps_the_pattern(
     """The same zeros; by ast as many, of which some have moved after ten steps."""
     out = tmp_path / "tuned"
     ask = ("recover", sparse[kind], "--adapter", adapter, *TRAIN, "--train", tale, "--learning-rate", 0.01)
-    more = ("--set", "recover.block=16", "--set", "recover.batch=1") if adapter == "ast" else ()
+    own = {"ast": ("--set", "recover.block=16", "--set", "recover.batch=1"), "spp": ("--rank", 2)}
+    more = own.get(adapter, ())
     done = regrow(*ask, *more, "--out", out)
     assert done.code == 0, done.err
     before, after = weights(sparse[kind]), weights(out)
@@ -213,7 +214,19 @@ def test_recovery_of_experts_keeps_the_pattern(
 
 
 def test_experts_drop_nothing(regrow: Command, sparse: dict[str, Path], tale: Path, tmp_path: Path) -> None:
-    ask = ("recover", sparse["mixtral"], "--adapter", "spp", *TRAIN, "--train", tale, "--out", tmp_path / "out")
+    ask = (
+        "recover",
+        sparse["mixtral"],
+        "--adapter",
+        "spp",
+        "--rank",
+        2,
+        *TRAIN,
+        "--train",
+        tale,
+        "--out",
+        tmp_path / "out",
+    )
     done = regrow(*ask, "--dropout", 0.1)
     assert done.code == 2
     assert "SPP with dropout 0.1 on model.layers.0.mlp.experts, a stack of experts" in done.err
