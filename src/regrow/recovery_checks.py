@@ -48,8 +48,9 @@ def check_read(asked: Recover, named: Collection[str] = ()) -> None:
     """Raise `SettingsError` for words about a teacher without one, and about adapters where there are none.
 
     They count when they are not what they would be by themselves, since a recipe that was written down says all of
-    them, and those `named` always.
+    them, and those `named` always. Raises `UnknownName` for a loss that nobody knows, which is told first.
     """
+    DIVERGENCES.get(asked.loss)
     usual = Recover(method=asked.method)
     said = {*named, *(name for name in asked.model_fields_set if getattr(asked, name) != getattr(usual, name))}
     taught = {"loss": asked.loss} if "loss" in said else {}
