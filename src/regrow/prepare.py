@@ -30,15 +30,13 @@ from regrow.errors import RegrowWarning, SettingsError, TextError
 from regrow.foretold import foretold_plan
 from regrow.kept import calibration
 from regrow.plan_checks import warn_of_smaller
-from regrow.recovery import BASE, KEEPS, KEEPS_CUT, Recover
+from regrow.recovery import BASE, HELDOUT_TOKENS, KEEPS, KEEPS_CUT, Recover
 from regrow.recovery_checks import check_recovery
 from regrow.settings import Recipe
 from regrow.stages import sparsify
 from regrow.stages.evaluate import check_asked, check_length, read_text
 from regrow.stages.plan import Wish, check_wish, meet
 from regrow.stages.score import reads_text
-
-HELDOUT_TOKENS = 4096  # that the curve of a recovery is measured on
 
 
 def check_words(recipe: Recipe) -> Wish | None:

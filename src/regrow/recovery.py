@@ -18,6 +18,7 @@ class Part(BaseModel):
 DROPOUT = 0.05  # LLM-Pruner's, for LoRA
 BASE = "base"  # the teacher that is where everything began
 KEEPS, KEEPS_CUT = "spp", "hira"  # how a sparse model recovers unless another way is named; of any width when it is cut
+HELDOUT_TOKENS = 4096  # of each source, that the curve of a recovery is measured on
 WHOLE = ("full", "ast", "cut")  # methods that train weights themselves
 ADAPTED = ("rank", "alpha", "dropout")  # words about adapters, which those have not
 RATES = {"lora": 3e-4, "lora-masked": 1e-3, "spp": 1e-2, "hira": 1e-2, "ia3": 1e-2}
@@ -172,7 +173,10 @@ class Recover(Part):
         default="fp32", description="what products are computed in while training, of weights in fp32"
     )
     evaluate_every: int | None = Field(
-        default=None, ge=1, description="tokens between two losses on held-out text; null = a twentieth of all"
+        default=None,
+        ge=1,
+        description="tokens between two losses on held-out text; null = a twentieth of all, or as many as are held "
+        f"out ({HELDOUT_TOKENS:,} of each source) if that is more",
     )
     patience: int | None = Field(
         default=None,

@@ -307,7 +307,7 @@ def test_a_disk_that_fills_up(refused: Refused, sprout_dir: Path, out: Path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    says = ("cannot be written", "No space left on device")
+    says = ("cannot be written", "the disk is full")
     refused("prune", sprout_dir, "--out", out, *QUICK, says=says, code=1)
     monkeypatch.undo()
 

@@ -13,8 +13,8 @@ import torch
 from prompt import Command, Refused
 
 from regrow.engines.domains import by_domain
-from regrow.prepare import HELDOUT_TOKENS, recovery_text
-from regrow.recovery import Recover
+from regrow.prepare import recovery_text
+from regrow.recovery import HELDOUT_TOKENS, Recover
 from regrow.stages.load import load
 
 FEW = ("--set", "recover.block=32", "--set", "recover.batch=4", "--set", "recover.micro_batch=2", "--text", "none",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 FEW = (
     "--recover-tokens", 2048, "--calibration-tokens", 256, "--set", "calibration.block=64", "--set", "recover.block=64",
     "--set", "recover.batch=4", "--set", "recover.micro_batch=1", "--set", "evaluate.tasks=[]", "--text", "none",
-    "--set", "evaluate.speed=false", "--set", "evaluate.samples=[]",
+    "--set", "recover.evaluate_every=1024", "--set", "evaluate.speed=false", "--set", "evaluate.samples=[]",
 )  # fmt: skip
 SHORT = ("--tokens", 1024, "--set", "recover.block=64", "--set", "recover.batch=4", "--text", "none")
 
@@ -39,7 +39,8 @@ def test_the_recipes(regrow: Command, sprout_dir: Path, tmp_path: Path, recipe: 
     assert done.code == 0, done.err
     records = curve(out)
     assert all(parts <= record.keys() for record in records)
-    assert records[-1]["heldout_loss"] < records[0]["heldout_loss"]
+    held = [record["heldout_loss"] for record in records if "heldout_loss" in record]
+    assert held[-1] < held[0]
     if recipe == "gkd":
         assert 0.2 < sum(record["on_policy"] for record in records) / len(records) < 0.8
 

@@ -529,7 +529,7 @@ def test_what_a_recovery_starts_from_is_in_its_key(
         },
         "here",
     )
-    trained = Recovered(TrainResult(1, 256, (), 0.0, None))
+    trained = Recovered(TrainResult(1, 256, 0, (), 0.0, None))
     monkeypatch.setattr(module, "recover", lambda *_, **__: trained)
     monkeypatch.setattr(module, "recovery_text", lambda *_, **__: Packed(torch.zeros(16, 16, dtype=torch.int64)))
     subject = load(str(short))

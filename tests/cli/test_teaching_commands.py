@@ -72,7 +72,8 @@ def test_a_teacher_who_is_asked_once(
     emptied: list[str],
 ) -> None:
     """Nearly what the teacher itself would have taught; what was cut is known of one that is gone."""
-    how = ("--adapter", "cut", "--learning-rate", 3e-3, "--teacher", sprout_dir, *FEW)
+    often = ("--set", "recover.evaluate_every=1024")
+    how = ("--adapter", "cut", "--learning-rate", 3e-3, "--teacher", sprout_dir, *FEW, *often)
     for out, more in (("itself", []), ("kept", distil(cache=200))):
         done = regrow("recover", cut, *how, *more, "--out", tmp_path / out)
         assert done.code == 0, done.err

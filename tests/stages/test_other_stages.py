@@ -239,6 +239,12 @@ def test_training_settings_follow_the_recipe() -> None:
     assert (found.tokens, found.batch, found.micro_batch, found.seed) == (10**6, 4, 4, 7)
     assert (found.schedule, found.warmup) == ("wsd", 0.1)
     assert 25 <= found.save_every < found.steps(64)
+    assert (found.evaluate_every, found.log_every) == (10**6 // 20 // 256, 10)
+    short = as_train(Recover(tokens=10 * 2048, batch=8, block=256), seed=0)
+    assert (short.evaluate_every, short.log_every) == (2, 1), "what is held out is never read more than learnt from"
+    two = Recover(tokens=10 * 2048, batch=8, block=256, mixture={"demo:coqa": 1.0, "demo:squad": 1.0})
+    assert as_train(two, seed=0).evaluate_every == 4
+    assert as_train(Recover(tokens=10 * 2048, batch=8, block=256, evaluate_every=2048), seed=0).evaluate_every == 1
     with pytest.raises(SettingsError, match="does not divide"):
         as_train(Recover(batch=6, micro_batch=4), seed=0)
 

@@ -40,7 +40,7 @@ from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.trained import Shapes, cut_and_norms, only
 from regrow.errors import SettingsError
-from regrow.recovery import RATES, WHOLE, Recover
+from regrow.recovery import HELDOUT_TOKENS, RATES, WHOLE, Recover
 
 Progress = Callable[[int, int, str], None]
 
@@ -344,6 +344,8 @@ def warning(subject: Subject, settings: Recover) -> str | None:
 def as_train(settings: Recover, seed: int) -> TrainSettings:
     """The training loop's settings behind a recipe's `recover`. Raises `SettingsError`."""
     assert settings.learning_rate is not None  # the method's own where none was named
+    step, held = settings.batch * settings.block, HELDOUT_TOKENS * len(settings.sources)
+    often = settings.evaluate_every or max(settings.tokens // 20, held)
     return TrainSettings(
         tokens=settings.tokens,
         learning_rate=settings.learning_rate,
@@ -361,8 +363,9 @@ def as_train(settings: Recover, seed: int) -> TrainSettings:
         until=settings.until,
         report_to=settings.report_to,
         mixture=mixture_of(settings),
-        evaluate_every=max(1, (settings.evaluate_every or settings.tokens // 20) // (settings.batch * settings.block)),
-        save_every=max(25, settings.tokens // (settings.batch * settings.block) // 10),
+        evaluate_every=max(1, often // step),
+        save_every=max(25, settings.tokens // step // 10),
+        log_every=max(1, min(10, settings.tokens // step // 20)),
     )
 
 
