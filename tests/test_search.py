@@ -672,6 +672,29 @@ def test_another_micro_batch(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == 3 + 4
 
 
+def test_more_checkpoints(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that was interrupted is asked for an earlier loss than it had trained to, and measures that one."""
+    real, calls = trials.recover, 0
+
+    def torn(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    def losses() -> list[list[float]]:
+        found = help_search(recipe(search={"rank_tokens": 1024, "checkpoints": 4}))
+        return [[part["loss"] for part in row["losses"]] for row in found.record["ranked"]]
+
+    monkeypatch.setattr(trials, "recover", torn)
+    with pytest.raises(KeyboardInterrupt):
+        help_search(recipe(search={"rank_tokens": 1024, "checkpoints": 2}))
+    asked_later = losses()
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "fresh"))
+    assert asked_later == losses()
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_what_an_interrupted_search_left_may_be_dropped(
     recipe: Make, monkeypatch: pytest.MonkeyPatch, resume: bool

@@ -131,7 +131,8 @@ class Trials:
         train = self.training(mark)
         about = cache.key({**self.about, "training": self.deciding(train)})
         study = Study(self.asked.storage, f"{about} after {mark}")
-        own = cache.key({"about": about, "names": train.sources})  # a training's checkpoints know its texts by name
+        # a training's checkpoints know its texts by name, and those of other marks may lie beyond these
+        own = cache.key({"about": about, "names": train.sources, "marks": self.marks()})
         folders = {said(point): cache.cache_dir("search", f"{own} {said(point)}") for point in points}
         self.folders |= set(folders.values())
         teacher = self.teacher(train)
