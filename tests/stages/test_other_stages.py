@@ -234,6 +234,12 @@ def test_samples_go_through_the_chat_template_when_they_ask(subject: Subject, mo
 # ---- recover
 
 
+@pytest.mark.parametrize(("count", "expected"), [(1, 4), (2, 2), (4, 1), (8, 1)])
+def test_passes_are_no_larger_than_a_process_share(monkeypatch: pytest.MonkeyPatch, count: int, expected: int) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    assert as_train(Recover(batch=4, micro_batch=4), seed=0).micro_batch == expected
+
+
 def test_training_settings_follow_the_recipe() -> None:
     found = as_train(Recover(tokens=10**6, batch=4, micro_batch=8, block=64, schedule="wsd", warmup=0.1), seed=7)
     assert (found.tokens, found.batch, found.micro_batch, found.seed) == (10**6, 4, 4, 7)

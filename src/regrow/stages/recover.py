@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regrow import cache
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
-from regrow.engines import checkpoint, masks, moving_masks
+from regrow.engines import checkpoint, masks, moving_masks, processes
 from regrow.engines.adapters import add_adapters, merge, moved
 from regrow.engines.bind import Subject
 from regrow.engines.correction import correct
@@ -352,7 +352,7 @@ def as_train(settings: Recover, seed: int) -> TrainSettings:
         schedule=settings.schedule,
         warmup=settings.warmup,
         batch=settings.batch,
-        micro_batch=min(settings.micro_batch, settings.batch),
+        micro_batch=min(settings.micro_batch, max(1, settings.batch // processes.count())),
         checkpointing=settings.checkpointing,
         seed=seed,
         floor=settings.floor,
