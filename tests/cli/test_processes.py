@@ -14,8 +14,8 @@ from prompt import Command
 from safetensors.torch import load_file
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-ACCELERATE = ("accelerate.commands.launch", "--num_processes=2", "--cpu", "--mixed_precision=no", "--num_machines=1",
-              "--dynamo_backend=no")  # fmt: skip
+ACCELERATE = ("accelerate.commands.launch", "--num_processes=2", "--multi_gpu", "--mixed_precision=no",
+              "--num_machines=1", "--dynamo_backend=no")  # fmt: skip
 MIXED = ("--set", "recover.mixture={demo:squad: 2, demo:coqa: 1}", "--set", "recover.balance=dynamic",
          "--set", "recover.balance_every=256")  # fmt: skip
 SHORT = ("--adapter", "full", "--learning-rate", 1e-3, "--tokens", 1024, "--text", "none", "--set", "recover.block=64",
@@ -54,7 +54,9 @@ def test_two_processes_leave_what_one_leaves(
     assert any(not torch.equal(ours[name], before[name]) for name in ours), "it learnt something"
     for name, value in ours.items():
         assert torch.allclose(value.float(), theirs[name].float(), atol=1e-5), name
-    losses = [json.loads((folder / "report.json").read_text())["training"] for folder in (one, two)]
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (one, two)]
+    assert [report["machine"]["processes"] for report in reports] == [1, 2]
+    losses = [report["training"] for report in reports]
     for name in ("loss", "weight demo:squad"):
         assert [x[name] for x in losses[0]] == pytest.approx([x[name] for x in losses[1]], abs=1e-5)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from regrow.artifacts.report import Measure
-from regrow.engines import products
+from regrow.engines import processes, products
 from regrow.engines.perplexity import evaluating
 from regrow.engines.room import give_back
 
@@ -167,6 +167,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "torch_threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "fp32_products": products.library(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},
