@@ -131,7 +131,9 @@ def test_memory_stops_watching_on_errors() -> None:
 def test_machine_is_json_without_a_host_name() -> None:
     found = machine()
     text = json.dumps(found)
-    assert set(found) == {"cpu", "cores", "memory_bytes", "gpus", "torch_threads", "fp32_products", "os", "versions"}
+    hardware = {"cpu", "cores", "memory_bytes", "gpus", "os"}
+    assert set(found) == {*hardware, "torch_threads", "processes", "fp32_products", "versions"}
+    assert found["processes"] == 1
     assert found["cpu"]
     assert found["cores"] >= 1
     assert found["memory_bytes"] > 2**28
