@@ -117,25 +117,30 @@ def test_the_road(recipe: Make, tmp_path: Path) -> None:
     assert [path.name for path in caching.cache_dir("search").iterdir() if path.is_dir()] == []
 
 
+def torn(monkeypatch: pytest.MonkeyPatch, at: int) -> list[None]:
+    """The training of that number is interrupted before it begins; one entry for each that was asked for."""
+    real, calls = trials.recover, list[None]()
+
+    def recover(*given: Any, **named: Any) -> Any:
+        calls.append(None)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    monkeypatch.setattr(trials, "recover", recover)
+    return calls
+
+
 def test_an_interrupted_search_goes_on(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it is torn, the end is the same, and nothing is measured twice."""
     whole = walked(recipe(), tmp_path / "whole")
     monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "other"))
-    real, calls = trials.recover, 0
-
-    def torn(*given: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return real(*given, **named)
-
-    monkeypatch.setattr(trials, "recover", torn)
+    calls = torn(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run(recipe(), tmp_path / "torn", page=no_page)
     assert not (tmp_path / "torn").exists()
     assert same_but_time(walked(recipe(), tmp_path / "torn"), whole)
-    assert calls == 5  # two candidates at two checkpoints, and the one that was torn
+    assert len(calls) == 5  # two candidates at two checkpoints, and the one that was torn
     monkeypatch.setattr(trials, "cut_copy", lambda *_: pytest.fail("measured again"))
     assert same_but_time(walked(recipe(), tmp_path / "again"), whole)
 
@@ -654,40 +659,23 @@ def test_a_grid_says_how_many_are_inside(recipe: Make) -> None:
 
 def test_another_micro_batch(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the loss hangs on the pass it is another training, which does not meet the checkpoints of the first."""
-
-    def torn(*given: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return real(*given, **named)
-
-    real, calls = trials.recover, 0
     asked = {"search": {"candidates": 2}, "recover": {"distil": {"states": [1]}}}
-    monkeypatch.setattr(trials, "recover", torn)
+    calls = torn(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         help_search(recipe(**asked))
     found = help_search(recipe(**overlay(asked, {"recover": {"micro_batch": 1}})))
     assert len(found.record["ranked"]) == 2
-    assert calls == 3 + 4
+    assert len(calls) == 3 + 4
 
 
 def test_more_checkpoints(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that was interrupted is asked for an earlier loss than it had trained to, and measures that one."""
-    real, calls = trials.recover, 0
-
-    def torn(*given: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return real(*given, **named)
 
     def losses() -> list[list[float]]:
         found = help_search(recipe(search={"rank_tokens": 1024, "checkpoints": 4}))
         return [[part["loss"] for part in row["losses"]] for row in found.record["ranked"]]
 
-    monkeypatch.setattr(trials, "recover", torn)
+    torn(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         help_search(recipe(search={"rank_tokens": 1024, "checkpoints": 2}))
     asked_later = losses()
