@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from render_sparse import answers, ratios, spread_of, table
 
 Row = dict[str, Any]
 Rows = dict[str, Row]
+
+SPROUT = Path(__file__).parents[1] / "tests" / "sprout" / "regrow.json"
 
 
 def steps(data: dict[str, Any]) -> str:
@@ -214,10 +218,17 @@ def saved(rows: Rows, asked: dict[str, Any]) -> str:
         if seed in reached
     ]
     ours = spread_of([row["loss"] for row in reached.values()], 3)
+    parent = json.loads(SPROUT.read_text())["training"]["tokens"]
+    tried = {
+        row["rate"]: row["loss"] for key, row in rows.items() if key.startswith("scratch x8 ") and key.endswith(" 0")
+    }
+    rates = ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in sorted(tried.items()))
     return (
         f"From random weights, next token. Cut and distilled: {ours} with "
-        f"{asked['tokens']:,} tokens (its parent was trained on 9,441,280). The fewest tokens from scratch that reach "
-        f"that, by seed: {', '.join(said) or 'not measured yet'}.\n\n"
+        f"{asked['tokens']:,} tokens (its parent was trained on {parent:,}). The fewest tokens from scratch that reach "
+        f"that, by seed: {', '.join(said) or 'not measured yet'}."
+        + (f" Rates are those that were best at x1; at x8, seed 0: {rates}." if len(tried) > 1 else "")
+        + "\n\n"
         + table(["from scratch", "tokens", "epochs of the text", "loss"], body)
     )
 
@@ -228,7 +239,7 @@ def _needed(curve: dict[int, float], goal: float, tokens: int) -> str:
     return (
         f"{enough[0] * tokens:,} (x{enough[0]})"
         if enough
-        else f"> x{max(curve)} tokens (plateau {min(curve.values()):.3f})"
+        else f"> x{max(curve)} tokens (lowest {min(curve.values()):.3f})"
     )
 
 
