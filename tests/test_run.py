@@ -234,12 +234,12 @@ def test_blocks_that_are_longer_than_the_model_reads(recipe: Make, tmp_path: Pat
 def test_a_short_text_is_said_to_be_short(recipe: Make, tmp_path: Path) -> None:
     """Of the calibration a tenth is read, of the recovery text the same tokens come again; enough is not spoken of."""
     text = tmp_path / "mine.txt"
-    text.write_text("\n\n".join(f"Tale number {i} " + "went on and on. " * 15 for i in range(120)))
+    text.write_text("\n\n".join(f"Tale number {i} " + "went on and on. " * 15 for i in range(60)))
     asked: dict[str, Any] = {
         "keep": None,
         "sparsify": {"pattern": "2:4", "criterion": "wanda"},
         "calibration": {"text": str(text), "tokens": 64_000, "block": 32},
-        "recover": {"method": "spp", "text": str(text), "tokens": 32 * 1024, "block": 32, "batch": 512},
+        "recover": {"method": "spp", "text": str(text), "tokens": 8192, "block": 32, "batch": 128},
     }
     report = road.run(recipe(**asked), tmp_path / "short", page=lambda *_: {})
     read = report.stages["sparsify"]["tokens"]
@@ -247,7 +247,7 @@ def test_a_short_text_is_said_to_be_short(recipe: Make, tmp_path: Path) -> None:
     assert f"the text's calibration part filled {read:,} of the 64,000 tokens asked for" in report.notes
     (again,) = (note for note in report.notes if note.startswith("trained "))
     times, tokens = re.findall(r"trained ([\d.]+) times over a recovery text of ([\d,]+) tokens", again)[0]
-    assert float(times) * int(tokens.replace(",", "")) == pytest.approx(32 * 1024, rel=0.05)
+    assert float(times) * int(tokens.replace(",", "")) == pytest.approx(8192, rel=0.05)
     enough = overlay(asked, {"calibration": {"tokens": read}, "recover": None})
     plenty = road.run(recipe(**enough), tmp_path / "enough", page=lambda *_: {})
     assert not any("tokens" in note for note in plenty.notes)
