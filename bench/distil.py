@@ -5,10 +5,10 @@
 Start: Taylor (second order), neurons, ends kept whole; 4,096 calibration tokens, seed 0: the cut with the lowest loss
 on held-out demo text among those of `bench/defaults.py`. All weights are trained on demo text, 1,024 tokens a step;
 warm-up, a constant rate, and a decay over the last fifth, so one run of 400k tokens passes all marks; those before its
-end are not decayed. Others decay at 200k: from the cut, and from the cut with what reads its neurons refitted. Each arm
-tries the same three rates for 50k tokens and goes on with the one whose rounded model has the lowest loss on held-out
-demo text. Perplexity: first 20,480 tokens of the text, blocks of 2048. Tasks: the same first items each. It can be
-stopped at any time, and several processes may work on it.
+end are not decayed. Others decay at 200k: from the cut, also at the rate that was chosen for the next, and from the cut
+with what reads its neurons refitted. Each arm tries the same three rates for 50k tokens and goes on with the one whose
+rounded model has the lowest loss on held-out demo text. Perplexity: first 20,480 tokens of the text, blocks of 2048.
+Tasks: the same first items each. It can be stopped at any time, and several processes may work on it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,13 @@ STEP = BLOCK * BATCH  # tokens
 MARKS = TRIAL, _, SHORT, LONG = tuple(steps * STEP for steps in (49, 98, 196, 392))
 WARMUP = 12  # steps
 RATES = (1e-4, 3e-4, 1e-3)
-ARMS = {"forward-kl": "start", "next-token": "start", "forward-kl, refitted": "refitted"}  # and what each begins with
+ARMS = {
+    "forward-kl": ("start", "forward-kl"),
+    "next-token": ("start", "next-token"),
+    "forward-kl, refitted": ("refitted", "forward-kl, refitted"),
+    "forward-kl, slower": ("start", "forward-kl, refitted"),
+}
+"""What each begins with, and whose trials chose its rate: the last tells what the other rate alone does."""
 ITEMS = 500
 
 
@@ -90,16 +96,19 @@ class Bench:
 
     def jobs(self) -> list[Job]:
         """In the order of their worth."""
-        first, second, third = ARMS
+        first, second, third, fourth = ARMS
         return [
             *(self.ledger.job(name, partial(self.measured, name)) for name in ("dense", "start", "refitted")),
-            *(self.trained(arm, rate, TRIAL) for arm in ARMS for rate in RATES),
+            *(self.trained(arm, rate, TRIAL) for arm in (first, second, third) for rate in RATES),
             self.trained(first, None, LONG),
             self.trained(second, None, LONG),
             self.trained(first, None, SHORT),
             self.trained(third, None, SHORT),
             *(self.answers(name, task) for name in ("dense", "start") for task in TASKS),
             *(self.answers(f"{arm} at {LONG} of {LONG}", task) for arm in (first, second) for task in TASKS),
+            self.trained(fourth, None, SHORT),
+            self.trained(third, None, LONG),
+            *(self.answers(f"{third} at {LONG} of {LONG}", task) for task in TASKS),
         ]
 
     def measured(self, name: str) -> dict[str, float]:
@@ -120,22 +129,23 @@ class Bench:
             return f"{arm} at {tokens} of {tokens}" in self.rows
 
         def ready() -> bool:
-            return ARMS[arm] in self.rows and (rate is not None or self.settled(arm))
+            return ARMS[arm][0] in self.rows and (rate is not None or self.settled(arm))
 
         name = f"{arm} rate {rate or 'chosen'} for {tokens}"
         return Job(name, done, lambda: self.reach(arm, rate, tokens), ready)
 
     def settled(self, arm: str) -> bool:
-        return all(f"{arm} rate {rate:g}" in self.rows for rate in RATES)
+        return all(f"{ARMS[arm][1]} rate {rate:g}" in self.rows for rate in RATES)
 
     def rate(self, arm: str) -> float:
-        return min(RATES, key=lambda rate: float(self.rows[f"{arm} rate {rate:g}"].get("heldout", math.inf)))
+        tried = {rate: self.rows[f"{ARMS[arm][1]} rate {rate:g}"] for rate in RATES}
+        return min(RATES, key=lambda rate: float(tried[rate].get("heldout", math.inf)))
 
     def reach(self, arm: str, trial: float | None, tokens: int) -> None:
         """Train, measuring at every mark; a trial is the beginning of the long run."""
         whole = LONG if trial is not None else tokens
         rate = self.rate(arm) if trial is None else trial
-        student, goal = subject(ARMS[arm]), arm.partition(",")[0]
+        student, goal = subject(ARMS[arm][0]), arm.partition(",")[0]
         loss: Loss = next_token if goal == "next-token" else FromTeacher(load("demo").model, DIVERGENCES.get(goal))
 
         def row(key: str, measure: Callable[[Any], dict[str, Any]]) -> None:
@@ -191,7 +201,7 @@ def subject(name: str) -> Subject:
         text = calibration(found, tokens=asked.tokens, block=BLOCK_OF_SCORES, seed=0)
         refit(found.model, found.anatomy, plan, text, damping=asked.damping)
     apply(found, plan)
-    if name in ARMS.values() and not place(name).exists():
+    if name in {begun for begun, _ in ARMS.values()} and not place(name).exists():
         keep(found.model, name)
     tensors = load_file(place(name))
     with torch.no_grad():
