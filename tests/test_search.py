@@ -145,6 +145,22 @@ def test_an_interrupted_search_goes_on(recipe: Make, tmp_path: Path, monkeypatch
     assert same_but_time(walked(recipe(), tmp_path / "again"), whole)
 
 
+def test_a_search_that_begins_anew_in_another_study(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of the interrupted one lie beyond its first mark for some, and are no loss at that mark."""
+    whole = walked(recipe(), tmp_path / "whole")
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "other"))
+    torn(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(), tmp_path / "torn", page=no_page)
+    elsewhere = recipe(search={"storage": str(tmp_path / "new.journal")})
+    anew = walked(elsewhere, tmp_path / "anew")
+    losses = [[(x["tokens"], x["loss"]) for row in found["ranked"] for x in row["losses"]] for found in (whole, anew)]
+    assert losses[0] == losses[1]
+    assert anew["tokens"] == whole["tokens"]
+
+
 def test_parts_of_a_training_are_one_training(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate that stops at every checkpoint ends where one ends that runs through."""
     parts = walked(recipe(search={"checkpoints": 2}), tmp_path / "parts")
@@ -492,6 +508,10 @@ def test_times_belong_to_a_machine(recipe: Make, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(trials, "machine", lambda: {"cpu": "another"})
     help_search(asked)
     assert len(taken) == 8
+    own = trials.cache.key
+    monkeypatch.setattr(trials.cache, "key", lambda what: own(what | {"device": "a GPU"} if "device" in what else what))
+    help_search(asked)
+    assert len(taken) == 12, "and to a device"
 
 
 def test_a_smaller_teacher_is_warned_of_before_any_training(

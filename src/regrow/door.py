@@ -24,8 +24,8 @@ def prune(
     `regrow.errors`.
     """
     data = read_recipe(find_recipe(recipe)) if recipe else {}
-    laid = exact(overlay(data, {**settings, "model": model}), settings)
-    return _run(of_method(laid, data), out, progress)
+    laid = overlay(of_method(data, settings), {**settings, "model": model})
+    return _run(exact(laid, settings), out, progress)
 
 
 def sparsify(model: str, out: str | Path, *, progress: Progress | None = None, **settings: Any) -> Report:

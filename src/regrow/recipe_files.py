@@ -81,13 +81,14 @@ def exact(data: Mapping[str, Any], said: Collection[str]) -> dict[str, Any]:
     return {**data, "keep": None} if data.get("shape") and "shape" in said and "keep" not in said else dict(data)
 
 
-def of_method(data: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` without what its `recipe` says of adapters, where another method was laid on top, which has none."""
-    own, asked = (part if isinstance(part := given.get("recover"), Mapping) else {} for given in (recipe, data))
-    if asked.get("method") not in WHOLE or asked["method"] == own.get("method"):
-        return dict(data)
-    stale = {name for name in ADAPTED if name in own and asked.get(name) == own[name]}
-    return {**data, "recover": {name: value for name, value in asked.items() if name not in stale}}
+def of_method(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what it says of its own way to recover, where another is among the `changes` on top of it."""
+    own, asked = (part if isinstance(part := given.get("recover"), Mapping) else {} for given in (recipe, changes))
+    method = asked.get("method")
+    if method in (None, own.get("method")):
+        return dict(recipe)
+    stale = {"learning_rate", "dropout", *(ADAPTED if method in WHOLE else ())}
+    return {**recipe, "recover": {name: value for name, value in own.items() if name not in stale}}
 
 
 def dump(recipe: Recipe) -> str:

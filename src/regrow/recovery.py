@@ -20,6 +20,7 @@ BASE = "base"  # the teacher that is where everything began
 KEEPS, KEEPS_CUT = "spp", "hira"  # how a sparse model recovers unless another way is named; of any width when it is cut
 HELDOUT_TOKENS = 4096  # of each source, that the curve of a recovery is measured on
 WHOLE = ("full", "ast", "cut")  # methods that train weights themselves
+WEIGHED = ("references", "excess", "balance_every")  # words about weights that follow the losses
 ADAPTED = ("rank", "alpha", "dropout")  # words about adapters, which those have not
 RATES = {"lora": 3e-4, "lora-masked": 1e-3, "spp": 1e-2, "hira": 1e-2, "ia3": 1e-2}
 RATES |= dict.fromkeys(("full", "cut", "ast"), 3e-5)

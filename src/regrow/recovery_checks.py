@@ -11,7 +11,7 @@ from typing import Any
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.engines.trackers import check_trackers
 from regrow.errors import SettingsError
-from regrow.recovery import ADAPTED, WHOLE, Distil, Recover
+from regrow.recovery import ADAPTED, WEIGHED, WHOLE, Distil, Recover
 from regrow.settings import Recipe
 from regrow.stages.recover import as_train, check_lesson
 
@@ -45,7 +45,8 @@ def check_recovery(recipe: Recipe) -> None:
 
 
 def check_read(asked: Recover, named: Collection[str] = ()) -> None:
-    """Raise `SettingsError` for words about a teacher without one, and about adapters where there are none.
+    """Raise `SettingsError` for words that nobody would read: about a teacher without one, about adapters where there
+    are none, of a text beside a mixture, of how fixed weights change.
 
     They count when they are not what they would be by themselves, since a recipe that was written down says all of
     them, and those `named` always. Raises `UnknownName` for a loss that nobody knows, which is told first.
@@ -62,6 +63,19 @@ def check_read(asked: Recover, named: Collection[str] = ()) -> None:
             f"{_words(taught)} without a teacher, whom they are about",
             "recover.teacher, or no word of how to learn from one",
             "name the teacher, such as base, or say recover.loss=forward-kl and recover.distil={} as by default",
+        )
+    if asked.mixture and "text" in said:
+        raise SettingsError(
+            f"recover.text = {asked.text} beside recover.mixture, which would be read in its place",
+            "one of them",
+            "name the text among the sources of the mixture, or leave one out",
+        )
+    weighed = {name: getattr(asked, name) for name in WEIGHED if name in said}
+    if weighed and asked.balance == "fixed":
+        raise SettingsError(
+            f"{_words(weighed)} of weights that follow the losses, and recover.balance = fixed keeps them",
+            "recover.balance = dynamic, or no word of how weights change",
+            "say recover.balance=dynamic, or leave it out",
         )
     adapted = {name: getattr(asked, name) for name in ADAPTED if name in said}
     if adapted and asked.method in WHOLE:

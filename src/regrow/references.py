@@ -13,6 +13,7 @@ from regrow.engines.bind import Subject
 from regrow.engines.distil import Teacher
 from regrow.engines.domains import by_domain
 from regrow.engines.packed import Packed
+from regrow.engines.text_loss import text_loss
 from regrow.engines.texts import fingerprint
 from regrow.prepare import recovery_parts, recovery_text
 from regrow.recovery import Recover
@@ -37,7 +38,7 @@ def with_references(recipe: Recipe, subject: Subject, teacher: Teacher | None = 
         "read by": subject.source["fingerprint"],
         "text": {source: fingerprint(source) for source in asked.sources},
         "how": asked.model_dump(include={"block", "template", "learn"}),
-        "dtype": recipe.dtype,
+        "dtype": str(who.model.dtype),
         "code": cache.code(),
     }
     path = cache.cache_dir("references") / f"{cache.key(inputs)}.json"
@@ -46,7 +47,7 @@ def with_references(recipe: Recipe, subject: Subject, teacher: Teacher | None = 
     else:
         part, count, seed = recovery_parts(recipe)[1]
         heldout = recovery_text(subject, asked, part, count=count, seed=seed)
-        losses = by_domain(who.model, heldout, who.model.device)
+        losses = by_domain(who.model, text_loss(who.model), heldout, asked.micro_batch, who.model.device)
         with cache.replacing(path) as partial:
             partial.write_text(json.dumps(losses), encoding="utf-8")
     found = dict(zip(asked.sources, losses, strict=True))

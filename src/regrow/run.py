@@ -105,8 +105,9 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     training: tuple[dict[str, float], ...] = ()
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done)
-        with clock.stage("recover", tokens=recipe.recover.tokens):
+        with clock.stage("recover") as record:
             recovered, work = _recovered(subject, aimed, plan, progress)
+            record["tokens"] = recovered.training.tokens
         training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
     if not processes.first():
         return _by_the_first(out)

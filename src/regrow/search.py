@@ -27,7 +27,7 @@ from regrow.prepare import as_trained, ranking, recovery_text
 from regrow.settings import Recipe
 from regrow.stages.plan import Wish, meet
 from regrow.study import check_storage
-from regrow.trials import Trials, judges
+from regrow.trials import Trials, judges, judges_asked
 
 TWICE = 2  # times in a row that an order must be stable
 Row = dict[str, Any]
@@ -64,7 +64,9 @@ class Chosen:
             spent += f" ({slow} of them are too slow)"
         unfit = found["unfit"]
         out = f"search: {unfit['shapes']:,} of them were left out, for what is to follow cannot: {unfit['why']}"
-        left = (out,) if unfit["shapes"] else ()
+        read = found["judged_on"]
+        little = f"search: {read['tokens']:,} of the {read['asked']:,} tokens to judge shapes by were left of the text"
+        left = (*[out] * bool(unfit["shapes"]), *[little] * (read["tokens"] < read["asked"]))
         if not found["ranked"]:
             return (spent, *left)
         other = "" if found["scored"][0]["widths"] == found["chosen"] else " (as cut, another was best)"
@@ -102,6 +104,7 @@ def search(
         "inside": pool.inside,
         "unbeaten": pool.unbeaten,
         "unfit": {"shapes": pool.unfit, "why": pool.why},
+        "judged_on": {"tokens": trials.text.numel(), "asked": judges_asked(recipe)},
         "scored": rows,
         "ranked": ranked,
         "tau": taus([row["losses"] for row in ranked]),

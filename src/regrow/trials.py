@@ -28,8 +28,9 @@ from regrow.engines.bind import Subject
 from regrow.engines.clock import machine, measure_speed
 from regrow.engines.distil import Teacher
 from regrow.engines.perplexity import block_losses
-from regrow.engines.resume import newest
+from regrow.engines.resume import newest, step_of
 from regrow.engines.texts import documents, fingerprint
+from regrow.engines.train_settings import FREE as FREE_OF_ALL
 from regrow.engines.trained import only
 from regrow.engines.walk import check_finite
 from regrow.errors import BrokenModel, TextError
@@ -51,10 +52,7 @@ DECODED: Mapping[str, Any] = {
 }  # what a latency is measured on
 PLAIN: Mapping[str, Any] = {"cache": None, "teacher_tokens": 0, "preferences": None, "online_rate": None}
 """Candidates learn from the teacher itself, as it is."""
-FREE = {
-    "until", "resume", "micro_batch", "checkpointing", "report_to",
-    "teacher", "text", "mixture", "references", "excess", "balance", "balance_every",
-}  # fmt: skip
+FREE = {*FREE_OF_ALL, "teacher", "text", "mixture", "references", "excess", "balance", "balance_every"}
 """Of a recovery: what does not decide where candidates end, and names, whose contents do."""
 SPEED = "speed/decode_ms_per_token/batch1"
 
@@ -113,8 +111,8 @@ class Trials:
 
     @property
     def timed(self) -> str:
-        """Times belong to a machine."""
-        return cache.key({**self.about, "machine": machine()})
+        """Times belong to a machine, and to a device of it."""
+        return cache.key({**self.about, "machine": machine(), "device": str(self.subject.model.device)})
 
     def judged(self, model: Subject) -> dict[str, Any]:
         return {"loss": self.loss(model)} | ({"latency_ms": latency(model)} if self.asked.latency else {})
@@ -131,9 +129,8 @@ class Trials:
         train = self.training(mark)
         about = cache.key({**self.about, "training": self.deciding(train)})
         study = Study(self.asked.storage, f"{about} after {mark}")
-        # a training's checkpoints know its texts by name, and those of other marks may lie beyond these
-        own = cache.key({"about": about, "names": train.sources, "marks": self.marks()})
-        folders = {said(point): cache.cache_dir("search", f"{own} {said(point)}") for point in points}
+        place = cache.key({"about": about, "names": train.sources})  # a training's checkpoints know its texts by name
+        folders = {said(point): cache.cache_dir("search", f"{place} {said(point)}") for point in points}
         self.folders |= set(folders.values())
         teacher = self.teacher(train)
         blocks = recovery_text(self.subject, train, "recovery", count=self.marks()[-1], seed=self.recipe.seed)
@@ -142,15 +139,16 @@ class Trials:
             widths = _widths(point)
             small, folder = cut_copy(self.subject, self.plan(widths)), folders[said(widths)]
             began = time.perf_counter()
-            goes_on = train.model_copy(update={"resume": train.resume or folder in self.begun})
+            goes_on = (train.resume or folder in self.begun) and _seen(folder, train) <= mark
+            own = train.model_copy(update={"resume": goes_on})
             self.begun.add(folder)
             with cache.held(folder, "this candidate"), only(self.subject.model, None):  # the teacher is frozen
-                found = recover(small, blocks, goes_on, folder=folder, seed=self.recipe.seed, teacher=teacher)
+                found = recover(small, blocks, own, folder=folder, seed=self.recipe.seed, teacher=teacher)
             seconds = round(time.perf_counter() - began, 1)
             trained = found.training
             return {"loss": self.loss(small), "seconds": seconds, "tokens": trained.tokens, "resumed": trained.resumed}
 
-        near = sorted(points, key=lambda point: newest(folders[said(point)]) is None)  # checkpoints may lie elsewhere
+        near = sorted(points, key=lambda point: not _seen(folders[said(point)], train))  # checkpoints may lie elsewhere
         found = study.measure([dict(point) for point in near], measure, say=_said(progress, f"trained to {mark:,}"))
         results = dict(zip(map(said, near), found, strict=True))
         return [results[said(point)] for point in points]
@@ -202,14 +200,13 @@ class Trials:
 
 def judges(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
     """Calibration text that no score has seen. Raises `TextError` when there is none."""
-    read, asked = recipe.calibration, recipe.search
-    assert asked is not None
+    read = recipe.calibration
     seen = max(read.tokens // read.block, 1)
     found = tokens.blocks(
         documents(read.text, "calibration"),
         subject.tokenizer,
         block=read.block,
-        tokens=(seen + max(asked.tokens // read.block, 1)) * read.block,
+        tokens=seen * read.block + judges_asked(recipe),
         seed=recipe.seed,
     )[seen:]
     if not len(found):
@@ -219,6 +216,19 @@ def judges(subject: Subject, recipe: Recipe) -> Tensor:  # (n, T) int64
             "lower calibration.tokens, or give more text",
         )
     return found
+
+
+def judges_asked(recipe: Recipe) -> int:
+    """Tokens that shapes are to be judged by: whole blocks, one at least."""
+    assert recipe.search is not None
+    block = recipe.calibration.block
+    return max(recipe.search.tokens // block, 1) * block
+
+
+def _seen(folder: Path, train: Recover) -> int:
+    """Tokens that the newest checkpoint in `folder` has seen: of an earlier study it may lie beyond this one's mark."""
+    found = newest(folder)
+    return 0 if found is None else step_of(found) * train.batch * train.block
 
 
 def latency(subject: Subject) -> float:

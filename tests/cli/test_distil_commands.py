@@ -29,10 +29,11 @@ from regrow.engines.checkpoint import logits, probe
 from regrow.engines.resume import newest, open_run
 from regrow.errors import SettingsError
 from regrow.recipe_files import dump, find_recipe, read_recipe, read_yaml
-from regrow.recovery import Recover
+from regrow.recovery import DROPOUT, RATES, Recover
 from regrow.settings import Recipe, parse
 from regrow.stages.export import export
 
+MIXED = ("--set", "recover.mixture={demo:squad: 2, demo:coqa: 1}")
 RELATIONS = tuple(
     part
     for key in ("likeness=relations", "states=[1]", "likeness_options={heads: 5}")
@@ -144,6 +145,8 @@ def test_one_that_is_left_is_gone_on_with(regrow: Command, sprout_dir: Path, cut
         done = regrow("recover", cut, *how, "--set", f"recover.until={until}", "--out", tmp_path / str(until))
         assert done.code == 0, done.err
         assert f"{until:,} tokens were seen" in done.out
+        report = json.loads((tmp_path / str(until) / "report.json").read_text(encoding="utf-8"))
+        assert report["stages"]["recover"]["tokens"] == until
         assert curve(tmp_path / str(until))[-1]["tokens"] == until
     assert list(cache_dir("recover").glob("*/checkpoint-*")), "still there"
     assert regrow("recover", cut, *how, "--out", tmp_path / "rest").code == 0
@@ -261,6 +264,9 @@ def test_what_is_refused(
         (("--adapter", "full", "--rank", 8), ("recover.rank = 8 of adapters",)),
         (("--adapter", "cut", "--set", "recover.dropout=0.1"), ("recover.dropout = 0.1 of adapters", "cut has none")),
         (("--adapter", "ast", "--alpha", 4), ("recover.alpha = 4.0 of adapters", "leave it out")),
+        (("--train", "demo:drop", *MIXED), ("recover.text = demo:drop beside recover.mixture", "one of them")),
+        ((*MIXED, "--set", "recover.excess=positive"), ("recover.excess = positive of weights", "balance=dynamic")),
+        (("--set", "recover.balance_every=512"), ("recover.balance_every = 512 of weights",)),
     ],
 )
 def test_words_that_nobody_would_read(
@@ -291,6 +297,14 @@ def test_words_that_a_recipe_would_have_read() -> None:
             with pytest.raises(SettingsError, match=r"recover\.rank = 3 of adapters"):
                 asked(name, f"recover.method={method}", "recover.rank=3")
         assert asked(name, "recover.method=lora-masked").rank == asked(name).rank
+    own = asked("llm-pruner").learning_rate
+    assert own not in (RATES["full"], RATES["ia3"])
+    for method in ("full", "ia3"):
+        assert asked("llm-pruner", f"recover.method={method}").learning_rate == RATES[method]
+        named = asked("llm-pruner", f"recover.method={method}", f"recover.learning_rate={own}")
+        assert named.learning_rate == own, "said, though it is the recipe's"
+    assert asked("llm-pruner", "recover.method=lora").learning_rate == own
+    assert asked("spp", "recover.method=lora-masked").dropout == DROPOUT
 
 
 def test_what_python_lays_over_a_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

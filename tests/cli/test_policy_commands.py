@@ -70,6 +70,7 @@ def test_what_was_cut_from_a_teacher_that_learns(regrow: Command, sprout_dir: Pa
         (("online_rate=-1",), ("recover.distil.online_rate", "greater than or equal to 0")),
         (("online_rank=0",), ("recover.distil.online_rank", "greater than or equal to 1")),
         (("on_policy=0.5", "text=0.25"), ("recover.distil.text = 0.25 beside on_policy = 0.5", "the student's own")),
+        (("online_rate=1e-3", "teacher_dtype=fp16"), ("online_rate of a teacher in fp16", "bf16")),
         (("on_policy=0.5", "online_rate=1e-3"), ("recover.distil.online_rate = 0.001 beside on_policy = 0.5",)),
     ],
 )

@@ -29,16 +29,21 @@ def narrow(regrow: Command, model: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    ("launcher", "how"),
+    [(TORCHRUN, "online_rate=1e-3"), (ACCELERATE, "on_policy=0.5")],
+    ids=["torchrun", "accelerate"],
+)
 def test_two_processes_leave_what_one_leaves(
-    regrow: Command, sprout_dir: Path, tmp_path: Path, launcher: tuple[str, ...]
+    regrow: Command, sprout_dir: Path, tmp_path: Path, launcher: tuple[str, ...], how: str
 ) -> None:
     """A teacher with other widths and adapters that learn, states compared through a projection: both are averaged over
-    processes too; text of two domains, whose weights change after every step, and are the same in both."""
+    processes too; what the student writes itself; text of two domains, whose weights change after every step, and are
+    the same in both."""
     cut = narrow(regrow, sprout_dir, tmp_path / "cut")
     states = ("--set", "recover.distil.states=[0,1]")
-    online = ("--set", "recover.distil.online_rate=1e-3")
-    asked = ["recover", cut, "--teacher", sprout_dir, "--loss", "forward_kl", *states, *online, *MIXED, *SHORT]
+    also = ("--set", f"recover.distil.{how}")
+    asked = ["recover", cut, "--teacher", sprout_dir, "--loss", "forward_kl", *states, *also, *MIXED, *SHORT]
     two, one = tmp_path / "two", tmp_path / "one"
     command = [sys.executable, "-m", *launcher, "-m", "regrow", *asked, "--out", two, "--json"]
     own = {**os.environ, "REGROW_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from prompt import Command, Refused
 
 from regrow import door
@@ -44,6 +45,21 @@ def test_search(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
     assert page.count('<tr class="chosen">') == 1
     assert f"{found['chosen']['neuron']}" in page
     assert any("trained, with" in note for note in done.json["notes"])
+
+
+def test_text_of_your_own(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
+    """Candidates are trained on `--train`; where it is short, a note says what they were judged by."""
+    text = tmp_path / "mine.txt"
+    text.write_text("\n\n".join(f"Tale number {i} " + "went on and on. " * 15 for i in range(150)))
+    asked = ("search", sprout_dir, "--method", "random", "--keep", "70%", "--candidates", 2, "--rank-tokens", 512)
+    own = ("--calibration", text, "--train", text, "--set", "search.tokens=100000")
+    done = regrow(*asked, *QUICK, *own, "--out", tmp_path / "out", "--json", "-q")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "out" / "search.json").read_text(encoding="utf-8"))["judged_on"]
+    assert 0 < found["tokens"] < found["asked"] == 100_000 // 64 * 64
+    assert any(f"{found['tokens']:,} of the {found['asked']:,} tokens to judge" in note for note in done.json["notes"])
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["recover"]["text"] == str(text)
 
 
 def test_random(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from regrow.engines.mixture import Mixture
 from regrow.engines.objective import Answer, Objective
 from regrow.engines.packed import Packed
 from regrow.engines.sharding import shard, whole_again
+from regrow.engines.text_loss import by_pieces
 from regrow.engines.train import train
 
 STEPS = 3
@@ -94,7 +95,7 @@ def learn(spread: Callable[[Any], None] | None, tied: bool) -> tuple[LlamaForCau
             optimizer.step()
             optimizer.zero_grad()
             losses.append(total)
-            held = by_domain(student, text, torch.device("cpu"))
+            held = by_domain(student, by_pieces, text, 4, torch.device("cpu"))
     return student, {"losses": torch.stack(losses).tolist(), "held": held}
 
 

@@ -95,7 +95,7 @@ def test_the_usual_number_of_targets_is_of_the_step() -> None:
 
 def test_losses_by_domain() -> None:
     model, held = tiny().train(), text(1, 3)
-    found = by_domain(model, held, torch.device("cpu"))
+    found = by_domain(model, next_token, held, 4, torch.device("cpu"))
     assert model.training
     expected = [next_token(model, {"input_ids": part}).item() for part in held.ids.split(3)]
     assert found == pytest.approx(expected, rel=1e-5)

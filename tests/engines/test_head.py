@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from models import ids, make
 from regrow.engines import head as heads
-from regrow.engines.head import Head, head_of, mean_over_tokens, next_token, shaping, trusted_head
+from regrow.engines.head import Head, head_of, mean_over_tokens, next_token, shaping, sum_over_tokens, trusted_head
 
 N, C, V = 7, 5, 11
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -44,12 +44,13 @@ def test_equal_to_the_plain_way(monkeypatch: pytest.MonkeyPatch, config: Any, nu
     mine, theirs = parts(), parts()
     expected = plain(theirs, config, targets, (weights / weights.sum()).double())
     (2 * expected).backward()
-    found = mean_over_tokens(
-        Head(mine[1], mine[2], shaping(config)),
-        mine[0],
-        lambda logits, piece: cross_entropy(logits, targets[piece], reduction="none"),
-        weights if weighted else None,
-    )
+    head = Head(mine[1], mine[2], shaping(config))
+
+    def measure(logits: Tensor, piece: slice) -> Tensor:
+        return cross_entropy(logits, targets[piece], reduction="none")
+
+    shares = weights / weights.sum()
+    found = sum_over_tokens(head, mine[0], measure, shares) if weighted else mean_over_tokens(head, mine[0], measure)
     (2 * found).backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for ours, other in zip(mine, theirs, strict=True):
@@ -105,7 +106,7 @@ def test_a_token_that_weighs_nothing_has_no_gradient() -> None:
     states, weight, _ = parts()
     weights = torch.ones(N)
     weights[3] = 0
-    mean_over_tokens(Head(weight, None, shaping(object())), states, lambda x, _: x.square().sum(1), weights).backward()
+    sum_over_tokens(Head(weight, None, shaping(object())), states, lambda x, _: x.square().sum(1), weights).backward()
     assert states.grad is not None
     assert bool((states.grad[3] == 0).all())
     assert bool((states.grad[2] != 0).any())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
+import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +19,7 @@ from training import STEP, Stop, patterns, pull_plug, same, settings, tiny, weig
 
 from limits import files_up_to
 from regrow.engines import watch
+from regrow.engines.loop import Loop
 from regrow.engines.objective import Objective, next_token
 from regrow.engines.resume import newest
 from regrow.engines.train import train
@@ -120,6 +124,43 @@ def test_what_has_stopped_stays_stopped(tmp_path: Path) -> None:
         again, found = early(tmp_path, patience=3)
         assert (found.steps, found.stopped, found.losses) == (expected.steps, expected.stopped, expected.losses)
         assert same(weights(first), weights(again))
+
+
+@pytest.mark.parametrize("patience", [3, 9], ids=["stopped", "ended"])
+def test_the_best_is_found_where_the_folder_lies_now(tmp_path: Path, patience: int) -> None:
+    first, _ = early(tmp_path / "here", patience=patience)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    again, _ = early(tmp_path / "there", patience=patience)
+    assert again.model.norm.weight[0].item() == pytest.approx(1 - 4e-2, abs=1e-3), "the weights of step 4"
+    assert same(weights(first), weights(again))
+
+
+def test_what_is_judged_by_decides_where_a_run_ends(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"tokens": 4 * STEP, "evaluate_every": 1}
+    train(tiny(), patterns(), settings(**asked), folder=tmp_path / "free", heldout=patterns(3))
+    train(tiny(), patterns(), settings(**asked), folder=tmp_path / "free", heldout=patterns(5))
+    train(tiny(), patterns(), settings(**asked, patience=2), folder=tmp_path / "judged", heldout=patterns(3))
+    with pytest.raises(SettingsError, match="heldout"):
+        train(tiny(), patterns(), settings(**asked, patience=2), folder=tmp_path / "judged", heldout=patterns(5))
+
+
+def test_the_optimiser_goes_when_the_training_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers for every weight; whoever trains next wants the room at once."""
+    made: list[weakref.ref[Any]] = []
+    real = Loop.create_optimizer
+
+    def create(self: Loop, model: nn.Module | None = None) -> Any:
+        optimizer = real(self, model)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(Loop, "create_optimizer", create)
+    gc.disable()
+    try:
+        train(tiny(), patterns(), settings(), folder=tmp_path)
+    finally:
+        gc.enable()
+    assert [there() for there in made] == [None]
 
 
 def test_one_that_was_left_is_judged_as_if_it_had_not_been(tmp_path: Path) -> None:

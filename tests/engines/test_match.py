@@ -193,6 +193,28 @@ def test_states_that_agree_have_no_say(kind: str) -> None:
     assert same(gradients(student), balanced)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_small_states_are_not_taken_for_the_same(kind: str) -> None:
+    """What embeddings of a deviation of 0.001 differ by is far below one, and above what rounding leaves."""
+    student, teacher = pair(intermediate_size=8)
+    table = teacher.model.embed_tokens.weight
+    with torch.no_grad():
+        table.copy_(1e-3 * torch.randn(table.shape, generator=torch.Generator().manual_seed(0)))
+        student.model.embed_tokens.weight.copy_(1.03 * table + 1e-5)
+    loss, parts = told(goal_of(student, teacher, match(kind, 0, weight=None)), student)
+    assert 0 < float(parts["states"]) < 1e-4
+    assert loss.item() == pytest.approx(2 * float(parts["divergence"]), rel=1e-4)
+
+
+def test_where_nothing_is_learnt_states_say_nothing() -> None:
+    student, teacher = pair()
+    learn = torch.zeros_like(ids(), dtype=torch.bool)
+    matcher = goal_of(student, teacher, match("mse", 1)).matcher
+    assert matcher is not None
+    states = {"1": torch.randn(*ids().shape, 8)}
+    assert float(matcher({"1": torch.zeros_like(states["1"])}, states, learn[:, 1:])) == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_learnt_has_no_say(kind: str) -> None:
     """Positions before tokens that are not learnt: neither value nor gradient hangs on how like they are."""

@@ -120,15 +120,32 @@ def test_it_writes_without_dropout_and_draws_from_its_own_chance() -> None:
     assert not calm.training
 
 
-def test_every_process_has_its_own_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pass_has_its_own_chance() -> None:
     def first(seed: int, count: int) -> float:
         return float(torch.rand((), generator=stream(seed, count, HERE)))
 
     alone = [first(seed, count) for seed in range(3) for count in range(50)]
     assert len(set(alone)) == 150
     assert [first(seed, count) for seed in range(3) for count in range(50)] == alone
-    monkeypatch.setenv("RANK", "1")
-    assert not {first(seed, count) for seed in range(3) for count in range(50)} & set(alone)
+
+
+def test_two_processes_draw_what_one_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take passes in turns, and one that goes on alone after both goes on where they were."""
+    student, teacher = pair()
+    real, numbers = on_policy.stream, list[int]()
+    monkeypatch.setattr(on_policy, "stream", lambda s, n, d: (numbers.append(n), real(s, n, d))[1])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    both = [goal_of(teacher) for _ in range(2)]
+    for _ in range(3):
+        for rank, goal in enumerate(both):
+            monkeypatch.setenv("RANK", str(rank))
+            goal(student, {"input_ids": ids()})
+    assert numbers == list(range(6))
+    assert int(both[0].passes) == int(both[1].passes) == 6
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    both[1](student, {"input_ids": ids()})
+    assert numbers[-1] == 6
 
 
 # --- what is learnt from it

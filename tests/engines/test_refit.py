@@ -63,6 +63,14 @@ def test_inputs_that_say_the_same_twice() -> None:
         onto(weight[:, :2], torch.full((2, 2), torch.nan), torch.tensor([True, False]), 0.0)
 
 
+def test_where_nothing_comes_in_nothing_is_fitted() -> None:
+    """As where values are dead: the plain cut is exact."""
+    weight, kept = torch.randn(3, 4), torch.tensor([True, True, False, True])
+    found, share = onto_by_halves(weight, [torch.zeros(4, 4)] * 2, kept, None)
+    assert torch.equal(found, weight * kept)
+    assert share == math.inf
+
+
 def test_how_far_weights_may_go_is_found() -> None:
     """Little where inputs that stay say much of those that go; where they say nothing, all stays as it was."""
     source = torch.Generator().manual_seed(0)

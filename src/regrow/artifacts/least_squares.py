@@ -83,6 +83,8 @@ def onto_by_halves(
     """
     whole, plain = halves[0] + halves[1], weight * kept
     mean = float(whole.diagonal().mean())
+    if not mean:  # nothing comes in
+        return plain, math.inf
 
     def error(pull: float) -> float:
         fits = (onto(weight, mine, kept, pull * mean) for mine in halves)

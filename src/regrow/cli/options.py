@@ -23,6 +23,7 @@ Tasks = Annotated[str | None, typer.Option(help="zero-shot tasks to measure, wit
 Limit = Annotated[int | None, typer.Option(help="items of each task")]
 Speed = Annotated[bool, typer.Option(help="measure speed and memory")]
 Calibration = Annotated[str | None, typer.Option(help="text: demo, demo:DOMAIN, a file, or hub:OWNER/NAME")]
+TrainText = Annotated[str | None, typer.Option("--train", help="text: demo, demo:DOMAIN, a file, or hub:OWNER/NAME")]
 CalibrationTokens = Annotated[int | None, typer.Option(help="tokens of it")]
 CalibrationBlock = Annotated[int | None, typer.Option(help="tokens in a sequence")]
 Override = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as recover.batch=16; repeatable")]

@@ -26,9 +26,7 @@ def recover(
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="before the adapters")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="the peak; the method's own unless named")] = None,
-    train_text: Annotated[
-        str | None, typer.Option("--train", help="text: demo, demo:DOMAIN, a file, or hub:OWNER/NAME")
-    ] = None,
+    train_text: o.TrainText = None,
     template: Annotated[str | None, typer.Option(help="how instructions are written: alpaca or chat")] = None,
     learn: Annotated[str | None, typer.Option(help="of instructions: all, or answers alone")] = None,
     teacher: Annotated[

@@ -59,10 +59,13 @@ def laid(data: Mapping[str, Any], flags: Mapping[str, Any], override: Sequence[s
     """A recipe with flags on top, and on top of these what `--set` says."""
     from regrow.recipe_files import exact, of_method, overlay
 
-    laid, said = overlay(data, flags), set(flags)
-    for path, value in map(assignment, override or ()):
-        laid, said = put(laid, path, value), {*said, path[0]}
-    return of_method(exact(laid, said), data)
+    words, changes = [assignment(word) for word in override or ()], dict(flags)
+    for path, value in words:
+        changes = put(changes, path, value)
+    laid = overlay(of_method(data, changes), flags)
+    for path, value in words:
+        laid = put(laid, path, value)
+    return exact(laid, changes.keys())
 
 
 def assignment(item: str) -> tuple[list[str], Any]:

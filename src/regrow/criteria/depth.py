@@ -34,7 +34,7 @@ def contiguous(sight: Sight) -> torch.Tensor:
 
 @criterion(sees="task", paper="arXiv:2408.11796 (Minitron in practice)", units=("layer",), comparable=True)
 def contiguous_task(sight: Sight, task: str = "winogrande", limit: int = 200) -> torch.Tensor:
-    """Share of a task's items that go wrong without a run of layers; the cheapest run goes as one.
+    """Items of a task that go wrong without a run of layers, as a share of `limit`; the cheapest run goes as one.
 
     Of runs that cost as many items, the one goes without which the right answers are likelier: their bits a byte, b,
     count b / (1 + b) of an item. `task` and `limit` (its first items) say what is asked.

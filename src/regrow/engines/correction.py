@@ -45,8 +45,14 @@ def correct(
     """Train `teacher` (fp32) in place on `text`, or take the weights that the file `kept` holds of the same training.
 
     `folder` holds checkpoints, so an interrupted training goes on. Weights end frozen, in `kept` too. Raises what
-    `train` raises, and `SettingsError` for settings that end it early. arXiv:2408.11796.
+    `train` raises, and `SettingsError` for settings that may end it early. arXiv:2408.11796.
     """
+    ends = {name: value for name in ("patience", "until", "minutes") if (value := getattr(settings, name)) is not None}
+    if ends:
+        raise SettingsError(
+            f"a correction that may end early: {ends}", "one that sees all its tokens", "leave them out"
+        )
+    teacher.requires_grad_(False).eval()
     if kept.exists():
         with safe_open(kept, "pt") as file, torch.no_grad():
             for name, weight in teacher.named_parameters():
@@ -56,11 +62,7 @@ def correct(
     before = heldout_loss(teacher, heldout, settings.micro_batch)
     teacher.requires_grad_(True)
     how: dict[str, Any] = {"loss": text_loss(teacher), "heldout": heldout, "resume": resume, "progress": progress}
-    done = train(teacher, text, settings, folder=folder, **how)
-    if done.stopped is not None:
-        raise SettingsError(
-            f"a correction that ended early: {done.stopped}", "one that sees all its tokens", "ask for fewer tokens"
-        )
+    train(teacher, text, settings, folder=folder, **how)
     teacher.requires_grad_(False).eval().to(device)
     found = Corrected(before, heldout_loss(teacher, heldout, settings.micro_batch))
     weights = dict(teacher.named_parameters())  # only now: sharded ones were whole again as others

@@ -32,7 +32,7 @@ from regrow.engines.packed import learnt
 from regrow.engines.resume import weights_fingerprint
 from regrow.errors import SettingsError, UnsupportedModel
 
-SAME = 4 * torch.finfo(torch.float32).eps  # states that are nearer to each other differ by rounding alone
+SAME = 4 * torch.finfo(torch.float32).eps  # of their size: states that are nearer to each other differ by rounding
 PROBES = (
     "The quick brown fox, naïve façade!\n",
     "Съешь ещё этих мягких французских булок",
@@ -104,7 +104,7 @@ class FromTeacher:
     """The loss (model, batch) of the training loop: mean divergence from the teacher over all positions.
 
     Where only some tokens are learnt: over the positions before them; 0 where there are none. `text` is the weight of
-    the text's next token beside it; `match` says which states are compared too.
+    the text's next token beside it; `match` says which states are compared too. All are on one device.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class FromTeacher:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
         with torch.no_grad():
-            told = self.run(self.teacher, ids.to(self.teacher.device), mask, "teacher")
+            told = self.run(self.teacher, ids, mask, "teacher")
         return self.compare(told, self.run(model, ids, mask, "student"), batch)
 
     def compare(self, told: Pass, own: Pass, batch: Mapping[str, Tensor]) -> Answer:
@@ -141,17 +141,19 @@ class FromTeacher:
         loss, parts = self.predictions(
             told.head,
             own.head,
-            told.states.to(own.states.device),
+            told.states,
             own.states,
             following=targets(batch),
             text=self.text,
         )
         if self.matcher is not None:
             states = self.matcher(told.heard, own.heard, learnt(batch))
-            weight = self.matcher.match.weight
+            weight: float | Tensor | None = self.matcher.match.weight
             parts["states"] = apart = states.detach()
-            even = torch.where(apart > SAME, parts["divergence"] / apart, 0.0)
-            loss = loss + states * (even if weight is None else weight)
+            if weight is None:
+                differs = apart > SAME * self.matcher.size(told.heard, learnt(batch))
+                weight = torch.where(differs, parts["divergence"] / apart, 0.0)
+            loss = loss + states * weight
         return (loss, parts) if len(parts) > 1 else loss
 
     def run(self, model: Any, ids: Tensor, mask: Tensor | None, who: str) -> Pass:
@@ -213,7 +215,7 @@ def predictions(
 
 def counting(values: Tensor, mask: Tensor | None) -> Tensor:
     """Of `values` (b, T, ...) those at positions that count, (n, ...); `mask` (b, T - 1) bool, None: all."""
-    return values.flatten(0, 1) if mask is None else values[:, :-1][mask.to(values.device)]
+    return values.flatten(0, 1) if mask is None else values[:, :-1][mask]
 
 
 def targets(batch: Mapping[str, Tensor]) -> Tensor:  # (n,) int64

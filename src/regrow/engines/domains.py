@@ -11,10 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from regrow.engines.distil import bare
-from regrow.engines.head import NUMBERS
 from regrow.engines.mixture import Mixture, Weights
-from regrow.engines.objective import Loss, next_token
+from regrow.engines.objective import Loss
 from regrow.engines.packed import Packed, Stream, order, rounds
 from regrow.engines.train_settings import TrainSettings
 from regrow.errors import SettingsError, TextError
@@ -96,9 +94,8 @@ def mean_loss(model: nn.Module, loss: Loss, text: Packed, size: int, device: tor
     return total / int(targets.sum())
 
 
-def by_domain(model: nn.Module, text: Packed, device: torch.device) -> list[float]:
-    """Mean loss of the next token in nats in each domain of `text`; few logits are held at a time."""
+def by_domain(model: nn.Module, loss: Loss, text: Packed, size: int, device: torch.device) -> list[float]:
+    """`mean_loss` of each domain of `text`."""
     assert text.domain is not None
-    count, words = int(text.domain.max()) + 1, int(bare(model).config.vocab_size)
-    size = max(1, NUMBERS // (text.ids.shape[1] * words))
-    return [mean_loss(model, next_token, text[text.domain == domain], size, device) for domain in range(count)]
+    count = int(text.domain.max()) + 1
+    return [mean_loss(model, loss, text[text.domain == domain], size, device) for domain in range(count)]

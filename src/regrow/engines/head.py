@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 PROBE, CLOSE = 8, 1e-3  # tokens on which body and head must give the model's own loss, and how nearly
 NUMBERS = 2**22  # logits that are held at a time, 16 MiB in fp32
+MANY = 2**26  # the same on a GPU, whose kernels want more of them; a guess, never run there
 
 Measure = Callable[[Tensor, slice], Tensor]
 """(logits (p, V) fp32, which of the tokens they are) -> (p,) one loss a token."""
@@ -73,17 +74,18 @@ def shaping(config: Any) -> Callable[[Tensor], Tensor]:
     return shape
 
 
-def mean_over_tokens(head: Head, states: Tensor, measure: Measure, weights: Tensor | None = None) -> Tensor:  # () fp32
-    """Mean of `measure` over tokens, with gradients to `states` (n, C) and to the head's parameters.
+def at_a_time(device: torch.device) -> int:
+    """How many logits are held on it."""
+    return NUMBERS if device.type == "cpu" else MANY
 
-    `weights` (n,) say how much each token counts; all the same by default. They need not add up to one.
-    """
-    weights = torch.ones(len(states), device=states.device) if weights is None else weights.float()
-    return sum_over_tokens(head, states, measure, weights / weights.sum())
+
+def mean_over_tokens(head: Head, states: Tensor, measure: Measure) -> Tensor:  # () fp32
+    """Mean of `measure` over tokens, with gradients to `states` (n, C) and to the head's parameters."""
+    return sum_over_tokens(head, states, measure, torch.full((len(states),), 1 / len(states), device=states.device))
 
 
 def sum_over_tokens(head: Head, states: Tensor, measure: Measure, shares: Tensor) -> Tensor:  # () fp32
-    """The same for shares (n,) that stay as they are, also below zero."""
+    """The sum of `measure` times `shares` (n,), which may lie below zero."""
     given = [states, head.weight, head.bias]
     if not torch.is_grad_enabled():  # else gradients would be made and thrown away
         given = [None if t is None else t.detach() for t in given]
@@ -130,8 +132,8 @@ def tied_weight(model: Any) -> Iterator[Tensor | None]:
 
     By itself autograd makes two gradients as large as it, the head's and the lookup's. Here the lookup's has only the
     rows that were read and comes first, so that they are added into the head's. A head with this weight must follow the
-    pass: rows alone are no gradient that an optimiser takes. Weights that are spread (FSDP2) keep their two, and so do
-    devices other than CPU and CUDA.
+    pass: rows alone are no gradient that an optimiser takes. CUDA adds the rows of one token in no fixed order, so runs
+    repeat to rounding only. Weights that are spread (FSDP2) keep their two, and so do other devices.
     """
     embedding, weight = model.get_input_embeddings(), getattr(model.get_output_embeddings(), "weight", None)
     if (
@@ -195,7 +197,7 @@ class _Pieces(torch.autograd.Function):
         ]
         learns = any(held is not None for held in sums)
         total = torch.zeros((), device=states.device)
-        step = max(1, NUMBERS // len(weight))
+        step = max(1, at_a_time(states.device) // len(weight))
         for start in range(0, len(states), step):
             piece = slice(start, start + step)
             logits = linear(states[piece], weight, bias).requires_grad_(learns)  # (p, V)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from regrow.artifacts.goal import Divergence
 from regrow.engines.chunks import in_chunks
 from regrow.engines.distil import checked_head, counting, predictions, read, targets
-from regrow.engines.head import NUMBERS, Head, final_states
+from regrow.engines.head import Head, at_a_time, final_states
 from regrow.engines.objective import Answer
 from regrow.engines.packed import learnt
 from regrow.errors import SettingsError
@@ -137,7 +137,7 @@ def _likeliest(head: Head, states: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Tokens (b, T, k) int32 and log chances (b, T, k + 1) fp32 from states (b, T, C); not all logits at a time."""
     flat = states.flatten(0, 1)  # (b * T, C)
     found = []
-    for piece in torch.split(flat, max(1, NUMBERS // len(head.weight))):
+    for piece in torch.split(flat, max(1, at_a_time(flat.device) // len(head.weight))):
         logits = head.logits(piece)  # (p, V)
         ids = logits.topk(k, -1).indices  # (p, k)
         found.append((ids.int(), coarse(logits, ids)))

@@ -25,9 +25,10 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from regrow.engines import processes
 from regrow.engines.domains import by_domain, mean_loss, stream_of
 from regrow.engines.mixture import Weights
-from regrow.engines.objective import Objective
+from regrow.engines.objective import Objective, next_token
 from regrow.engines.packed import Packed, share
 from regrow.engines.sharding import shard_teacher
+from regrow.engines.text_loss import text_loss
 from regrow.engines.train_settings import TrainSettings, rate
 from regrow.errors import BrokenModel, OutputError, SettingsError
 
@@ -54,6 +55,7 @@ class Loop(Trainer):  # type: ignore[misc]
         self.block = int(text.ids.shape[1])
         self.sums: dict[str, Tensor | float] = {}  # means over one step, in the making
         self.weights = None if settings.mixture is None else Weights(settings.mixture)
+        self.plain = next_token if settings.mixture is None else text_loss(model)  # what domains are weighed by
         stream = stream_of(text, settings, arguments.max_steps, self.weights)
         super().__init__(model, arguments, train_dataset=stream)
         shard_teacher(objective, self.accelerator)
@@ -144,8 +146,17 @@ class Loop(Trainer):  # type: ignore[misc]
         """The state of a checkpoint, for a run with nothing left to do."""
         self._load_from_checkpoint(str(checkpoint), self.model)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.find_best()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
+
+    def find_best(self) -> None:
+        """Where the best checkpoint lies now: the folder may have moved since it was written."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = self.checkpoint(self.state.best_global_step)
+
+    def checkpoint(self, step: int) -> str:
+        return str(Path(self.args.output_dir, f"checkpoint-{step}"))
 
     def _load_best_model(self) -> None:
         """The state with the lowest held-out loss, by the way that a resumed run takes."""
@@ -169,16 +180,20 @@ class Loop(Trainer):  # type: ignore[misc]
         return {"loss": float(loss), **{name: float(value) for name, value in sums.items()}}
 
     def heldout_loss(self) -> float:
-        """Mean loss over what is learnt of the held-out blocks, without dropout."""
+        """Mean loss over what is learnt of the held-out blocks, without dropout; the first process's, on all."""
         assert self.heldout is not None
-        return mean_loss(self.model_wrapped, self.loss, self.heldout, self.settings.micro_batch, self.args.device)
+        mine = mean_loss(self.model_wrapped, self.loss, self.heldout, self.settings.micro_batch, self.args.device)
+        if self.accelerator.num_processes == 1:
+            return mine
+        return float(self.accelerator.gather(torch.tensor([mine], device=self.args.device))[0])
 
     def balance(self, done: int) -> dict[str, float]:
         """Held-out loss of each domain and its weight, updated where that is due; the first process's, on all."""
         assert self.weights is not None
         assert self.heldout is not None
-        mine = torch.tensor([by_domain(self.model_wrapped, self.heldout, self.args.device)], device=self.args.device)
-        losses: list[float] = self.accelerator.gather(mine)[0].tolist()
+        size, device = self.settings.micro_batch, self.args.device
+        mine = [by_domain(self.model_wrapped, self.plain, self.heldout, size, device)]
+        losses: list[float] = self.accelerator.gather(torch.tensor(mine, device=device))[0].tolist()
         if self.weights.due(done):
             self.weights.update(done, losses)
         names = self.weights.mixture.names

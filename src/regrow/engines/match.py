@@ -65,8 +65,20 @@ class Matcher(nn.Module):
         for place, mine in ours.items():
             brought = mine.float() if self.projection is None else self.projection(mine.float())
             each = measure(theirs[place].to(brought), brought, **options)  # (b, T)
-            found.append(each.mean() if mask is None else each[:, :-1][mask].mean())
+            found.append(_mean(each, mask))
         return torch.stack(found).mean()
+
+    @torch.no_grad()
+    def size(self, theirs: Heard, mask: Tensor | None) -> Tensor:  # () fp32
+        """The same for a student whose states are all zero: what a likeness is to be measured by."""
+        measure, options = self.match.likeness.measure, self.match.options
+        states = [state.float() for state in theirs.values()]
+        return torch.stack([_mean(measure(x, torch.zeros_like(x), **options), mask) for x in states]).mean()
+
+
+def _mean(each: Tensor, mask: Tensor | None) -> Tensor:
+    """Of (b, T) at positions that count, `mask` (b, T - 1); 0 where none does."""
+    return each.mean() if mask is None else each[:, :-1][mask].sum() / mask.sum().clamp_min(1)
 
 
 def check_places(match: Match, student: Any, teacher: Any) -> None:

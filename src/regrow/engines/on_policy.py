@@ -1,7 +1,8 @@
 """A student learns on text that it writes itself, where it will later have to know what to do: GKD.
 
 In some passes, drawn by chance, the student writes the rest of every block, and the loss is of what it wrote alone.
-Chance hangs on the seed, the process and a count of passes that is saved with the model, and draws from nobody else's.
+Chance hangs on the seed and a count of passes, those of all processes, that is saved with the model, and draws from
+nobody else's.
 What this gives up: stopping before a block is full; students whose weights are spread over processes; questions that
 are not learnt, among what the student writes.
 """
@@ -61,17 +62,17 @@ class OnPolicy(nn.Module):
         if not torch.is_grad_enabled():
             return self.goal.loss(model, batch)
         ids = batch["input_ids"]  # (b, T) int64
-        source = stream(self.seed, int(self.passes), ids.device)
-        self.passes += 1
+        source = stream(self.seed, int(self.passes) + processes.rank(), ids.device)
+        self.passes += processes.count()  # they take passes in turns
         writes = bool(torch.rand((), generator=source, device=ids.device) < self.policy.share)
         answer = self.goal.loss(model, written(bare(model), ids, self.policy, source) if writes else batch)
         loss, parts = answer if isinstance(answer, tuple) else (answer, {})
         return loss, {**parts, "on_policy": float(writes)}
 
 
-def stream(seed: int, count: int, device: torch.device) -> torch.Generator:
-    """Chance of one pass of this process; the same whenever it is asked for."""
-    digest = hashlib.sha256(f"{seed} {processes.rank()} {count}".encode()).digest()
+def stream(seed: int, number: int, device: torch.device) -> torch.Generator:
+    """Chance of one pass; the same whenever, and by whomever, it is asked for."""
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]))
 
 

@@ -66,7 +66,7 @@ class FromOnlineTeacher(FromTeacher):
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Answer:
         ids, mask = batch["input_ids"], learnt(batch)  # (b, T), (b, T - 1)
-        told = self.run(self.teacher, ids.to(self.teacher.device), mask, "teacher")
+        told = self.run(self.teacher, ids, mask, "teacher")
         own = self.run(model, ids, mask, "student")
         still = {place: state.detach() for place, state in told.heard.items()}
         answer = self.compare(told._replace(heard=still), own, batch)

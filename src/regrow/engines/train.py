@@ -6,6 +6,7 @@ It knows nothing of any paper. Steps follow from tokens, the order of the blocks
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def train(
     began = time.perf_counter()
     with _as_it_was(model, settings.checkpointing), whole_again(model):
         arguments = arguments_of(settings, settings.steps(text.ids.shape[1]), folder, next(model.parameters()).device)
-        start = open_run(folder, _identity(model, text, settings, groups, objective), resume=resume)
+        start = open_run(folder, _identity(model, text, settings, groups, objective, measured), resume=resume)
         trainer = Loop(model, text, settings, objective, arguments)
         trainer.groups, trainer.heldout = groups, measured
         watch = Watch(trainer, progress)
@@ -82,20 +83,30 @@ def train(
     steps, each = trainer.state.global_step, settings.batch * trainer.block
     resumed = 0 if start is None else step_of(start) * each
     seconds = time.perf_counter() - began
-    return TrainResult(steps, steps * each, resumed, tuple(watch.records), seconds, watch.stopped)
+    result = TrainResult(steps, steps * each, resumed, tuple(watch.records), seconds, watch.stopped)
+    del trainer, watch
+    gc.collect()  # they hold each other, and two numbers of the optimiser for every weight
+    return result
 
 
 def _identity(
-    model: nn.Module, text: Packed, settings: TrainSettings, groups: list[dict[str, Any]], objective: Objective
+    model: nn.Module,
+    text: Packed,
+    settings: TrainSettings,
+    groups: list[dict[str, Any]],
+    objective: Objective,
+    heldout: Packed | None,
 ) -> dict[str, Any]:
     """What decides where a run ends."""
     loss, beside = objective.loss, objective.beside
+    judged = settings.patience is not None or (settings.mixture is not None and settings.mixture.every > 0)
     return {
         **settings.decisive(),
         **({"micro_batch": settings.micro_batch} if getattr(objective.loss, "by_pass", False) else {}),
         "blocks": fingerprint(text.ids),
         "learnt": None if text.learn is None else fingerprint(text.learn),
         "domains": None if text.domain is None else fingerprint(text.domain),
+        "heldout": fingerprint(heldout.ids) if judged and heldout is not None else None,
         "weights": weights_fingerprint(model),
         "trained weights": sum(p.numel() for group in groups for p in group["params"]),
         "beside": None if beside is None else weights_fingerprint(beside),

@@ -25,7 +25,7 @@ FREE = (
     "micro_batch", "checkpointing", "minutes", "until", "save_every", "log_every", "evaluate_every", "report_to",
     "resume",
 )  # fmt: skip
-"""Settings a resumed run may change: they decide how it runs, not where it ends."""
+"""Settings a resumed run may change: they decide how it runs, not where it ends, but for what dropout draws."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """A resumed run takes back the record of its checkpoint and forgets what came after."""
+        self.trainer.find_best()
         self.records = _taken_back(state)
         if state.is_world_process_zero:
             with self.trainer.room("record"):

@@ -61,7 +61,8 @@ def read_teacher(recipe: Recipe) -> Teacher | None:
         return None
     folder, device = checkpoint.locate(asked.teacher), pick_device(recipe.device)
     stored = {kind: name for name, kind in DTYPES.items()}.get(checkpoint.check_files(folder), recipe.dtype)
-    usual = "fp32" if asked.distil.teacher_tokens else stored if device.startswith("cuda") else recipe.dtype
+    learns = asked.distil.teacher_tokens or asked.distil.online_rate is not None
+    usual = "fp32" if learns else stored if device.startswith("cuda") else recipe.dtype
     dtype = asked.distil.teacher_dtype or usual
     return Teacher(
         *read_model(asked.teacher, dtype=dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code)

@@ -157,7 +157,7 @@ def _corrected(teacher: Any, lesson: _Lesson, settings: Recover, folder: Path, p
     whole = dict.fromkeys(("patience", "until"))  # it learns all of it
     own = {"tokens": asked.teacher_tokens, "learning_rate": asked.teacher_share * peak, **whole}
     numbers = as_train(settings.model_copy(update={**own, "report_to": ()}), lesson.numbers.seed)
-    made_by = {"teacher": weights_fingerprint(teacher), "text": _text_of(lesson.text), "numbers": numbers.decisive()}
+    made_by = {"teacher": weights_fingerprint(teacher), "texts": _texts_of(lesson), "numbers": numbers.decisive()}
     found = correct(
         teacher,
         lesson.text,
@@ -240,6 +240,8 @@ def check_lesson(settings: Recover) -> None:
         why = f"recover.distil.{what} and {other}", "one of them: the other asks the teacher while the student learns"
     elif asked.teacher_tokens and asked.teacher_dtype in ("bf16", "fp16"):
         why = f"a teacher in {asked.teacher_dtype} that is to be trained", "fp32, where small updates are not rounded"
+    elif asked.online_rate is not None and asked.teacher_dtype == "fp16":
+        why = "recover.distil.online_rate of a teacher in fp16, whose gradients vanish", "fp32, or bf16"
     if why is not None:
         raise SettingsError(*why, "leave one of the two out")
 
@@ -267,8 +269,10 @@ def _folder(kind: str, made_by: Mapping[str, Any]) -> Path:
     return cache.cache_dir(kind, _key(made_by))
 
 
-def _text_of(text: Packed) -> list[str | None]:
-    return [fingerprint(text.ids), None if text.learn is None else fingerprint(text.learn)]
+def _texts_of(lesson: _Lesson) -> list[str | None]:
+    """Fingerprints of what is read, of what of it is learnt, and of where it comes from; trained on, then held out."""
+    packed = [text for text in (lesson.text, lesson.heldout) if text is not None]
+    return [x if x is None else fingerprint(x) for text in packed for x in (text.ids, text.learn, text.domain)]
 
 
 def _shared(student: Any, teacher: Any) -> int:
@@ -387,5 +391,5 @@ def mixture_of(settings: Recover) -> Mixture | None:
         weights=tuple(settings.mixture.get(name, 1.0) for name in names),
         every=max(1, round((settings.balance_every or OFTEN * step) / step)) if dynamic else 0,
         references=tuple(told[name] for name in names) if told and dynamic else (),
-        signed=settings.excess == "signed",
+        signed=not dynamic or settings.excess == "signed",
     )
