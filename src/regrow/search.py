@@ -66,7 +66,7 @@ class Chosen:
         out = f"search: {unfit['shapes']:,} of them were left out, for what is to follow cannot: {unfit['why']}"
         read = found["judged_on"]
         little = f"search: {read['tokens']:,} of the {read['asked']:,} tokens to judge shapes by were left of the text"
-        left = (*[out] * bool(unfit["shapes"]), *[little] * (read["tokens"] < read["asked"]))
+        left = [said for said, needed in ((out, unfit["shapes"]), (little, read["tokens"] < read["asked"])) if needed]
         if not found["ranked"]:
             return (spent, *left)
         other = "" if found["scored"][0]["widths"] == found["chosen"] else " (as cut, another was best)"

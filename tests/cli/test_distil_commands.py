@@ -264,6 +264,7 @@ def test_what_is_refused(
         (("--adapter", "full", "--rank", 8), ("recover.rank = 8 of adapters",)),
         (("--adapter", "cut", "--set", "recover.dropout=0.1"), ("recover.dropout = 0.1 of adapters", "cut has none")),
         (("--adapter", "ast", "--alpha", 4), ("recover.alpha = 4.0 of adapters", "leave it out")),
+        (("--train", "demo", *MIXED), ("recover.text = demo beside recover.mixture",)),
         (("--train", "demo:drop", *MIXED), ("recover.text = demo:drop beside recover.mixture", "one of them")),
         ((*MIXED, "--set", "recover.excess=positive"), ("recover.excess = positive of weights", "balance=dynamic")),
         (("--set", "recover.balance_every=512"), ("recover.balance_every = 512 of weights",)),

@@ -213,6 +213,8 @@ def test_where_nothing_is_learnt_states_say_nothing() -> None:
     assert matcher is not None
     states = {"1": torch.randn(*ids().shape, 8)}
     assert float(matcher({"1": torch.zeros_like(states["1"])}, states, learn[:, 1:])) == 0
+    loss, parts = told(goal_of(student, teacher, match("mse", 1)), student, learn=learn)
+    assert loss.item() == float(parts["divergence"]) == float(parts["states"]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -66,7 +66,7 @@ def test_parts_share_no_document_across_sources_orders_and_white_space(tmp_path:
 
 def test_the_check_above_sees_a_part_that_ignores_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = itertools.cycle(PARTS)
-    monkeypatch.setattr(texts, "part_of", lambda _: next(turn))
+    monkeypatch.setattr(texts, "_part", lambda _: next(turn))
     assert len(shared(sources(tmp_path))) > 100
 
 

@@ -80,5 +80,5 @@ def recover(
         data = put(data, *assignment(item))
     recipe = parse(data, "the command line")
     if recipe.recover is not None:
-        check_read(recipe.recover, present(rank=rank, alpha=alpha, dropout=dropout, loss=loss))
+        check_read(recipe.recover, present(rank=rank, alpha=alpha, dropout=dropout, loss=loss, text=train_text))
     finish(recipe, out, as_json=as_json, quiet=quiet)

@@ -80,8 +80,9 @@ def at_a_time(device: torch.device) -> int:
 
 
 def mean_over_tokens(head: Head, states: Tensor, measure: Measure) -> Tensor:  # () fp32
-    """Mean of `measure` over tokens, with gradients to `states` (n, C) and to the head's parameters."""
-    return sum_over_tokens(head, states, measure, torch.full((len(states),), 1 / len(states), device=states.device))
+    """Mean of `measure` over tokens, with gradients to `states` (n, C) and to the head's parameters; 0 of none."""
+    count = len(states)
+    return sum_over_tokens(head, states, measure, torch.full((count,), 1 / max(1, count), device=states.device))
 
 
 def sum_over_tokens(head: Head, states: Tensor, measure: Measure, shares: Tensor) -> Tensor:  # () fp32

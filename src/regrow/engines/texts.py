@@ -56,7 +56,7 @@ def documents(source: str, part: Part | None) -> list[Document]:
     for document in _read(source):
         unique.setdefault(_normalised(document.text), document)
     unique.pop("", None)
-    kept = [d for d in unique.values() if part is None or part_of(d.text) == part]
+    kept = [document for words, document in unique.items() if part is None or _part(words) == part]
     if not kept:
         raise TextError(
             f"{source!r} has {len(unique)} different documents and none of them is {part or 'usable'} text",
@@ -68,7 +68,12 @@ def documents(source: str, part: Part | None) -> list[Document]:
 
 def part_of(text: str) -> Part:
     """The part a text belongs to: 10 % calibration, 80 % recovery, 10 % held out, by a hash of its words."""
-    share = int.from_bytes(hashlib.sha256(_normalised(text).encode()).digest()[:8], "big") / 2**64
+    return _part(_normalised(text))
+
+
+def _part(words: str) -> Part:
+    """The same of words that are normalised already."""
+    share = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") / 2**64
     return "calibration" if share < 0.1 else "recovery" if share < 0.9 else "heldout"
 
 
