@@ -149,13 +149,12 @@ def test_a_search_that_begins_anew_in_another_study(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkpoints of the interrupted one lie beyond its first mark for some, and are no loss at that mark."""
-    whole = walked(recipe(), tmp_path / "whole")
+    whole = help_search(recipe()).record
     monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "other"))
     torn(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(), tmp_path / "torn", page=no_page)
-    elsewhere = recipe(search={"storage": str(tmp_path / "new.journal")})
-    anew = walked(elsewhere, tmp_path / "anew")
+        help_search(recipe())
+    anew = help_search(recipe(search={"storage": str(tmp_path / "new.journal")})).record
     losses = [[(x["tokens"], x["loss"]) for row in found["ranked"] for x in row["losses"]] for found in (whole, anew)]
     assert losses[0] == losses[1]
     assert anew["tokens"] == whole["tokens"]
@@ -692,12 +691,12 @@ def test_more_checkpoints(recipe: Make, tmp_path: Path, monkeypatch: pytest.Monk
     """A search that was interrupted is asked for an earlier loss than it had trained to, and measures that one."""
 
     def losses() -> list[list[float]]:
-        found = help_search(recipe(search={"rank_tokens": 1024, "checkpoints": 4}))
+        found = help_search(recipe(search={"rank_tokens": 512, "checkpoints": 4}))
         return [[part["loss"] for part in row["losses"]] for row in found.record["ranked"]]
 
     torn(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        help_search(recipe(search={"rank_tokens": 1024, "checkpoints": 2}))
+        help_search(recipe(search={"rank_tokens": 512, "checkpoints": 2}))
     asked_later = losses()
     monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "fresh"))
     assert asked_later == losses()

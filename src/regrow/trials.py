@@ -7,6 +7,7 @@ after an interruption, and several processes share one. What this gives up: time
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -137,6 +138,7 @@ class Trials:
 
         def measure(point: Point) -> dict[str, Any]:
             widths = _widths(point)
+            gc.collect()  # a trainer holds the candidate before
             small, folder = cut_copy(self.subject, self.plan(widths)), folders[said(widths)]
             began = time.perf_counter()
             goes_on = (train.resume or folder in self.begun) and _seen(folder, train) <= mark

@@ -18,7 +18,7 @@ ACCELERATE = ("accelerate.commands.launch", "--num_processes=2", "--multi_gpu", 
               "--num_machines=1", "--dynamo_backend=no")  # fmt: skip
 MIXED = ("--set", "recover.mixture={demo:squad: 2, demo:coqa: 1}", "--set", "recover.balance=dynamic",
          "--set", "recover.balance_every=256")  # fmt: skip
-SHORT = ("--adapter", "full", "--learning-rate", 1e-3, "--tokens", 1024, "--text", "none", "--set", "recover.block=64",
+SHORT = ("--adapter", "full", "--learning-rate", 1e-3, "--tokens", 768, "--text", "none", "--set", "recover.block=64",
          "--set", "recover.batch=4", "--set", "recover.micro_batch=2", "--set", "evaluate.samples=[]")  # fmt: skip
 
 

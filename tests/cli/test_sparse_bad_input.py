@@ -357,5 +357,6 @@ def test_two_models_that_are_not_of_one_kind(refused: Refused, sprout_dir: Path,
 def test_two_models_alike_but_in_the_widths_of_some_layers(refused: Refused, sprout_dir: Path, tmp_path: Path) -> None:
     """The end layers keep their width, so the widest layer is that of the dense model."""
     cut = tmp_path / "cut"
-    regrow.prune(str(sprout_dir), cut, keep="60%", criteria={"neuron": "magnitude"}, evaluate={"text": None})
+    little = {"text": None, "speed": False, "samples": []}
+    regrow.prune(str(sprout_dir), cut, keep="60%", criteria={"neuron": "magnitude"}, evaluate=little)
     refused("diff", sprout_dir, cut, "--weights", says=("two checkpoints of different shapes",))
