@@ -273,7 +273,8 @@ def trends(rows: Rows, asked: dict[str, Any]) -> str:
     gaps["the pick of a short training loses less than the pick as cut"] = [b[1] - a[1] for a, b in pairs]
     body = [[claim, spread_of(values, 4), verdict(claim, values)] for claim, values in gaps.items() if values]
     heads = ["what papers say", "by how much, same seed: mean ± standard deviation", "here"]
-    return table(heads, body) if body else ""
+    about = f"What is no worse may be above by {ALIKE:g} nats; what is below must be so by more than the deviation.\n\n"
+    return about + table(heads, body) if body else ""
 
 
 def verdict(claim: str, gaps: list[float]) -> str:

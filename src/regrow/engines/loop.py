@@ -153,10 +153,10 @@ class Loop(Trainer):  # type: ignore[misc]
     def find_best(self) -> None:
         """Where the best checkpoint lies now: the folder may have moved since it was written."""
         if self.state.best_global_step:
-            self.state.best_model_checkpoint = self.checkpoint(self.state.best_global_step)
+            self.state.best_model_checkpoint = str(self.checkpoint(self.state.best_global_step))
 
-    def checkpoint(self, step: int) -> str:
-        return str(Path(self.args.output_dir, f"checkpoint-{step}"))
+    def checkpoint(self, step: int) -> Path:
+        return Path(self.args.output_dir, f"checkpoint-{step}")
 
     def _load_best_model(self) -> None:
         """The state with the lowest held-out loss, by the way that a resumed run takes."""

@@ -86,7 +86,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            checkpoint = self.trainer.checkpoint(state.global_step)
             with self.trainer.room():
                 self.trainer.save_beside(checkpoint)
                 mark_complete(checkpoint)
