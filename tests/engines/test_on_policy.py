@@ -16,11 +16,12 @@ from models import ids, make, randomise
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.engines import on_policy
 from regrow.engines.adapters import add_adapters
+from regrow.engines.chance import stream
 from regrow.engines.distil import FromTeacher
 from regrow.engines.loop import BESIDE
 from regrow.engines.match import Match, Matcher
 from regrow.engines.objective import Answer, Objective, next_token
-from regrow.engines.on_policy import OnPolicy, Policy, stream, written
+from regrow.engines.on_policy import OnPolicy, Policy, written
 from regrow.engines.resume import newest
 from regrow.engines.sampling import prompt_of
 from regrow.engines.train import train

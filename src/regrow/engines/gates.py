@@ -10,7 +10,7 @@ Shapes: group (K,), head (H,), neuron (F,), attention () and mlp () for each lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ from regrow.artifacts.shape import Anatomy
 from regrow.errors import UnsupportedModel
 
 Hook = Callable[[Tensor], Tensor]
+Read = Callable[[], Tensor | None]
+INSIDE: tuple[Unit, ...] = ("group", "head", "neuron")  # units that lie inside a layer
 
 
 @dataclass(slots=True)
@@ -89,7 +91,11 @@ def expand(anatomy: Anatomy, cut: Cut, gate: Tensor, size: int) -> Tensor:
 
 @contextmanager
 def gated(model: nn.Module, anatomy: Anatomy, gates: Gates) -> Iterator[None]:
-    """Run the model with gates acting; everything is restored on leaving, also after an error."""
+    """Run the model with gates acting; everything is restored on leaving, also after an error.
+
+    Gates are read in every pass, so they may be replaced meanwhile, and one that becomes None is open; one that is None
+    on entering has no hook.
+    """
     handles: list[Any] = []
     try:
         for path, hooks in _sites(anatomy, gates).items():
@@ -122,55 +128,67 @@ def _sites(anatomy: Anatomy, gates: Gates) -> dict[str, list[tuple[bool, Hook]]]
     sizes = {tensor.name: tensor.shape for tensor in anatomy.tensors}
     for index, layer in enumerate(gates.layers):
         prefix = f"{family.layers}.{index}."
-        spans: dict[str, Tensor] = {}  # norms over many units -> (n,) 1 where all of an element's owners stay
-        for cut, gate in _gated_cuts(anatomy, layer):
-            path = prefix + cut.path
-            value = expand(anatomy, cut, gate, sizes[f"{path}.weight"][cut.dim])
-            if cut.role == "fold":
-                sites.setdefault(path, []).append((cut.dim == 1, partial(_times, value)))
-            elif cut.role == "span":
-                spans[path] = spans.get(path, 1.0) * (value.detach() != 0).float()
-        for path, kept in spans.items():
-            sites.setdefault(path, []).extend(_statistics(float(kept.mean())))
+        spans: dict[str, list[Read]] = {}  # norms over many units -> their gates, laid out
+        for unit in INSIDE:
+            if getattr(layer, unit) is None:
+                continue
+            for cut in family.cuts.get(unit, ()):
+                path = prefix + cut.path
+                read = partial(_laid_out, anatomy, cut, sizes[f"{path}.weight"][cut.dim], layer, unit)
+                if cut.role == "fold":
+                    sites.setdefault(path, []).append((cut.dim == 1, partial(_times, read)))
+                elif cut.role == "span":
+                    spans.setdefault(path, []).append(read)
+        for path, reads in spans.items():
+            sites.setdefault(path, []).extend(_statistics(partial(_share, reads)))
         if gates.channel is not None:
             for cut in family.cuts["channel"]:
                 sites.setdefault(prefix + cut.path, []).extend(_channel_hooks(cut, gates))
-        for shut, branch in ((layer.attention, family.attention), (layer.mlp, family.mlp)):
-            if shut is not None:
-                sites.setdefault(prefix + branch.end, []).append((False, partial(_times, shut)))
+        for name, branch in (("attention", family.attention), ("mlp", family.mlp)):
+            if getattr(layer, name) is not None:
+                sites.setdefault(prefix + branch.end, []).append(
+                    (False, partial(_times, partial(getattr, layer, name)))
+                )
     if gates.channel is not None:
         for cut in family.whole:
             sites.setdefault(cut.path, []).extend(_channel_hooks(cut, gates))
     return sites
 
 
-def _gated_cuts(anatomy: Anatomy, layer: LayerGates) -> Iterator[tuple[Cut, Tensor]]:
-    """Every cut inside the layer whose unit has a gate, with that gate."""
-    pairs: tuple[tuple[Unit, Tensor | None], ...] = (
-        ("group", layer.group),
-        ("head", layer.head),
-        ("neuron", layer.neuron),
-    )
-    for unit, gate in pairs:
-        if gate is not None:
-            for cut in anatomy.family.cuts.get(unit, ()):
-                yield cut, gate
+def _laid_out(anatomy: Anatomy, cut: Cut, size: int, layer: LayerGates, unit: Unit) -> Tensor | None:
+    gate: Tensor | None = getattr(layer, unit)
+    return None if gate is None else expand(anatomy, cut, gate, size)
 
 
 def _channel_hooks(cut: Cut, gates: Gates) -> list[tuple[bool, Hook]]:
-    assert gates.channel is not None
+    read = partial(getattr, gates, "channel")
     if cut.role in ("embed", "write"):
-        return [(False, partial(_times, gates.channel))]
+        return [(False, partial(_times, read))]
     if cut.role in ("gain", "span") and not gates.rescale_norms:
-        return _statistics(float((gates.channel.detach() != 0).float().mean()))
+        return _statistics(partial(_share, [read]))
     return []
 
 
-def _statistics(share: float) -> list[tuple[bool, Hook]]:
+def _share(reads: Sequence[Read]) -> Tensor | None:
+    """Of a norm's elements, those all of whose owners are not shut: () fp32; None where all gates are open."""
+    kept = [gate.detach() != 0 for read in reads if (gate := read()) is not None]
+    return torch.stack(kept).all(0).float().mean() if kept else None
+
+
+def _statistics(share: Read) -> list[tuple[bool, Hook]]:
     """Make an RMS norm average over the kept elements only: scale its input up and its output back down."""
-    factor = share**-0.5
-    return [(True, lambda x: x * factor), (False, lambda y: y / factor)]
+
+    def up(x: Tensor) -> Tensor:
+        kept = share()
+        return x if kept is None else x * kept.rsqrt().to(x.device)
+
+    def down(y: Tensor) -> Tensor:
+        kept = share()
+        return y if kept is None else y * kept.sqrt().to(y.device)
+
+    return [(True, up), (False, down)]
 
 
-def _times(gate: Tensor, x: Tensor) -> Tensor:
-    return x * gate.to(x.device, x.dtype)
+def _times(read: Read, x: Tensor) -> Tensor:
+    gate = read()
+    return x if gate is None else x * gate.to(x.device, x.dtype)

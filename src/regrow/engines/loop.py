@@ -6,7 +6,7 @@ What this gives up: one process on several devices (start it with `torchrun` or 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,12 @@ class Loop(Trainer):  # type: ignore[misc]
         def share(step: int) -> float:
             return rate(self.settings, step, num_training_steps)
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+        def constant(_: int) -> float:
+            return 1.0
+
+        optimizer = optimizer or self.optimizer
+        shares: list[Callable[[int], float]] = [constant if group.get("constant") else share for group in self.groups]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], **_: Any) -> Tensor:
@@ -166,7 +171,7 @@ class Loop(Trainer):  # type: ignore[misc]
         """What is beside the model is wrapped by nothing, so its gradients are averaged over processes here."""
         if self.beside is None or self.accelerator.num_processes == 1:
             return
-        for parameter in self.beside.parameters():
+        for parameter in (p for p in self.beside.parameters() if p.requires_grad):
             mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.accelerator.reduce(mine, "mean")
 

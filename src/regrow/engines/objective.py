@@ -26,7 +26,8 @@ Loss = Callable[[nn.Module, Mapping[str, Tensor]], Answer]
 class Objective:
     """A loss with optimiser groups of its own, in AdamW's words: `params`, and perhaps `lr`, `maximize`, `betas` ...
 
-    The schedule scales the rate of every group; weight decay is 0 where a group does not say. Every tensor must be a
+    The schedule scales the rate of every group but of those that say `constant`; weight decay is 0 where a group does
+    not say. Every tensor must be a
     parameter of the model or of `beside`. What is in no group stays as it is. No groups: all that can be trained, and
     `apart` says of tensors beside the model what is not as usual, a rate of their own.
 

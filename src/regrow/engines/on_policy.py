@@ -9,7 +9,6 @@ are not learnt, among what the student writes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.engines import processes
+from regrow.engines.chance import stream
 from regrow.engines.distil import bare
 from regrow.engines.objective import Answer, Objective
 from regrow.engines.sampling import continued, prompt_of
@@ -68,12 +68,6 @@ class OnPolicy(nn.Module):
         answer = self.goal.loss(model, written(bare(model), ids, self.policy, source) if writes else batch)
         loss, parts = answer if isinstance(answer, tuple) else (answer, {})
         return loss, {**parts, "on_policy": float(writes)}
-
-
-def stream(seed: int, number: int, device: torch.device) -> torch.Generator:
-    """Chance of one pass; the same whenever, and by whomever, it is asked for."""
-    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]))
 
 
 @torch.no_grad()

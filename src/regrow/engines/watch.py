@@ -80,8 +80,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._judge(state, control)
         if self.progress is not None and state.is_world_process_zero:
             each = settings.batch * self.trainer.block
-            loss = self.since[-1]["loss"] if self.since else self.records[-1]["loss"]
-            self.progress(step * each, state.max_steps * each, f"loss {loss:.3f}")
+            now = self.since[-1] if self.since else self.records[-1]
+            also = "".join(f", {name} {now[name]:.3f}" for name in getattr(self.trainer.loss, "shown", ()))
+            self.progress(step * each, state.max_steps * each, f"loss {now['loss']:.3f}{also}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self.trainer.accelerator.wait_for_everyone()

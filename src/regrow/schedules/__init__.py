@@ -1,0 +1,1 @@
+"""Ramps of sparsity, a file each."""
