@@ -1,25 +1,29 @@
 """What a run reads and keeps for the next one: calibration blocks, scores, readings of dense inputs.
 
+The dense model's measures too.
 Each is kept under a key of everything that it hangs on. What this gives up: eviction; the cache can be deleted at any
 time.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from regrow import cache
+from regrow.artifacts.report import Measure
 from regrow.artifacts.scores import Scores
 from regrow.cut_checks import chosen_criteria
-from regrow.engines import tokens
+from regrow.engines import products, tokens
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
 from regrow.engines.readings import Readings
 from regrow.engines.texts import documents, fingerprint
 from regrow.settings import Recipe
+from regrow.stages.evaluate import evaluate, read_text, write_samples
 from regrow.stages.score import reads_text, score
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -95,3 +99,40 @@ def scored(
     with cache.replacing(path) as partial:
         found.save(partial)
     return found
+
+
+def measured(
+    subject: Subject, recipe: Recipe, record: dict[str, Any], progress: Progress | None
+) -> tuple[dict[str, Measure], list[str]]:
+    """The dense model's measures and samples; kept, except for speed, which belongs to this run alone."""
+    asked = recipe.evaluate
+    inputs = {
+        "model": subject.source["fingerprint"],
+        "evaluate": asked.model_dump(mode="json", exclude={"speed", "repeats"}),
+        "dtype": recipe.dtype,
+        "text": None if asked.text is None else read_text(asked.text)[1],
+        "versions": machine()["versions"],
+        "fp32_products": products.library(),
+        "code": cache.code(),
+    }
+    path = cache.cache_dir("measures") / f"{cache.key(inputs)}.json"
+    record["cached"] = path.exists()
+    if path.exists():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found, said = {k: Measure.from_json(v) for k, v in data["measures"].items()}, data["samples"]
+    else:
+        found = evaluate(
+            subject.model,
+            subject.tokenizer,
+            asked.model_copy(update={"speed": False}),
+            progress=progress,
+        )
+        said = write_samples(subject.model, subject.tokenizer, asked.samples)
+        with cache.replacing(path) as partial:
+            partial.write_text(
+                json.dumps({"measures": {k: v.to_json() for k, v in found.items()}, "samples": said}), encoding="utf-8"
+            )
+    if asked.speed:
+        quick = asked.model_copy(update={"text": None, "tasks": ()})
+        found |= evaluate(subject.model, subject.tokenizer, quick, progress=progress)
+    return found, said

@@ -29,6 +29,7 @@ from regrow.engines.texts import Part, documents, is_rows, shared
 from regrow.errors import RegrowWarning, SettingsError, TextError
 from regrow.foretold import foretold_plan
 from regrow.kept import calibration
+from regrow.learn_checks import check_learn
 from regrow.plan_checks import warn_of_smaller
 from regrow.recovery import BASE, HELDOUT_TOKENS, KEEPS, KEEPS_CUT, Recover
 from regrow.recovery_checks import check_recovery
@@ -55,6 +56,7 @@ def check_words(recipe: Recipe) -> Wish | None:
         ZERO_SPREADS.get(recipe.sparsify.spread)
         sparsify.choose(recipe.sparsify)
     check_recovery(recipe)
+    check_learn(recipe)
     return wish
 
 
@@ -77,13 +79,18 @@ def check(recipe: Recipe) -> Wish | None:
     check_chosen_by(recipe)
     check_asked(recipe.evaluate)
     _check_apart(recipe)
-    asked = recipe.recover
-    if asked is not None and asked.tokens:
+    for asked in trainings(recipe).values():
         if asked.teacher not in (None, BASE):
             checkpoint.locate(str(asked.teacher))
         for source in asked.sources:
             tokens.check_lessons(documents(source, "recovery"), asked.template, asked.learn)
     return wish
+
+
+def trainings(recipe: Recipe) -> dict[str, Recover]:
+    """The trainings of a run, by their keys in its recipe."""
+    found: dict[str, Recover | None] = {"learn": recipe.learn, "recover": recipe.recover}
+    return {name: asked for name, asked in found.items() if asked is not None and asked.tokens}
 
 
 def _check_apart(recipe: Recipe) -> None:
@@ -94,8 +101,8 @@ def _check_apart(recipe: Recipe) -> None:
     used: list[tuple[str, Part]] = []
     if calibrates(recipe):
         used.append((recipe.calibration.text, "calibration"))
-    if recipe.recover is not None and recipe.recover.tokens:
-        used += [(source, "recovery") for source in recipe.recover.sources]
+    for asked in trainings(recipe).values():
+        used += [(source, "recovery") for source in asked.sources]
     rows = is_rows(Path(file))
     texts = [document.text for document in documents(file, None)] if rows else [read_text(file)[1]]
     for source, part in used:
@@ -242,8 +249,7 @@ def check_blocks(subject: Subject, recipe: Recipe) -> None:
     """Refuse blocks longer than what the model was made for. Raises `SettingsError`."""
     most = getattr(subject.model.config, "max_position_embeddings", None)
     asked = {"calibration.block": recipe.calibration.block} if calibrates(recipe) else {}
-    if recipe.recover is not None and recipe.recover.tokens:
-        asked["recover.block"] = recipe.recover.block
+    asked |= {f"{name}.block": training.block for name, training in trainings(recipe).items()}
     for name, block in asked.items():
         if most is not None and block > most:
             raise SettingsError(
@@ -262,16 +268,14 @@ def check_texts(subject: Subject, recipe: Recipe) -> None:
         tokens.blocks(text, subject.tokenizer, block=block, tokens=block, seed=recipe.seed, what=what)
     if recipe.refit is not None:
         check_halves(calibration(subject, recipe, min(recipe.refit.tokens, 2 * recipe.calibration.block)))
-    asked = recipe.recover
-    if asked is not None and asked.tokens:
-        for part, _, seed in recovery_parts(recipe):
+    for asked in trainings(recipe).values():
+        for part, _, seed in training_parts(asked, recipe.seed):
             recovery_text(subject, asked, part, count=asked.block, seed=seed)
 
 
-def recovery_parts(recipe: Recipe) -> tuple[tuple[Part, int, int], ...]:
-    """What a recovery trains on and what its curve is measured on: the part of its text, tokens, seed."""
-    assert recipe.recover is not None
-    return ("recovery", recipe.recover.tokens, recipe.seed), ("heldout", HELDOUT_TOKENS, 0)
+def training_parts(asked: Recover, seed: int) -> tuple[tuple[Part, int, int], ...]:
+    """What is trained on and what its curve is measured on: the part of its text, tokens, seed."""
+    return ("recovery", asked.tokens, seed), ("heldout", HELDOUT_TOKENS, 0)
 
 
 def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, seed: int) -> Packed:
@@ -295,7 +299,7 @@ def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, s
 def calibrates(recipe: Recipe) -> bool:
     """Whether any stage reads the calibration text; a search judges by it, whatever the scores read."""
     always = recipe.refit is not None or recipe.search is not None
-    cutting = recipe.cuts and (always or reads_text(chosen_criteria(recipe)))
+    cutting = recipe.cuts and recipe.learn is None and (always or reads_text(chosen_criteria(recipe)))
     return cutting or (recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify))
 
 

@@ -107,8 +107,8 @@ def _pattern(before: Mapping[str, Any], kept: Sparsity) -> str | None:
 
 
 STRUCTURED = {
-    "keep", "shape", "search", "axes", "split", "criterion", "criteria", "options", "reduce", "spread", "uniform",
-    "divisors", "rescale_norms", "merge_heads", "stages", "protect", "refit",
+    "keep", "shape", "learn", "search", "axes", "split", "criterion", "criteria", "options", "reduce", "spread",
+    "uniform", "divisors", "rescale_norms", "merge_heads", "stages", "protect", "refit",
 }  # fmt: skip
 """Keys of a recipe that say nothing when no unit goes."""
 

@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
+from regrow.engines.asked import as_train
 from regrow.engines.trackers import check_trackers
 from regrow.errors import SettingsError
 from regrow.recovery import ADAPTED, WEIGHED, WHOLE, Distil, Recover
 from regrow.settings import Recipe
-from regrow.stages.recover import as_train, check_lesson
+from regrow.stages.recover import check_lesson
 
 
 def check_recovery(recipe: Recipe) -> None:

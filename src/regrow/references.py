@@ -15,7 +15,7 @@ from regrow.engines.domains import by_domain
 from regrow.engines.packed import Packed
 from regrow.engines.text_loss import text_loss
 from regrow.engines.texts import fingerprint
-from regrow.prepare import recovery_parts, recovery_text
+from regrow.prepare import recovery_text, training_parts
 from regrow.recovery import Recover
 from regrow.settings import Recipe
 from regrow.stages.recover import Recovered
@@ -45,7 +45,7 @@ def with_references(recipe: Recipe, subject: Subject, teacher: Teacher | None = 
     if path.exists():
         losses = json.loads(path.read_text(encoding="utf-8"))
     else:
-        part, count, seed = recovery_parts(recipe)[1]
+        part, count, seed = training_parts(asked, recipe.seed)[1]
         heldout = recovery_text(subject, asked, part, count=count, seed=seed)
         losses = by_domain(who.model, text_loss(who.model), heldout, asked.micro_batch, who.model.device)
         with cache.replacing(path) as partial:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from regrow import cache
 from regrow.artifacts.plan import Plan
-from regrow.artifacts.report import Measure, Report
+from regrow.artifacts.report import Report
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.sparsity import Sparsity
 from regrow.engines import checkpoint, processes, products
 from regrow.engines.bind import Subject
 from regrow.engines.clock import machine
+from regrow.engines.gates import Gates
 from regrow.engines.hetero import Holder, holder
 from regrow.engines.refit import refit, said
 from regrow.engines.resume import weights_fingerprint
@@ -35,7 +36,8 @@ from regrow.engines.trackers import keep_runs
 from regrow.engines.train_settings import FREE
 from regrow.engines.watch import TRACK, line
 from regrow.errors import RegrowWarning, SettingsError
-from regrow.kept import Progress, calibration, read_by, scored, statistics
+from regrow.kept import Progress, calibration, measured, read_by, scored, statistics
+from regrow.learned import learned
 from regrow.plan_checks import check_planned
 from regrow.prepare import (
     as_wish,
@@ -43,9 +45,9 @@ from regrow.prepare import (
     check,
     check_subject,
     fitted,
-    recovery_parts,
     recovery_text,
     settled,
+    training_parts,
     with_method,
 )
 from regrow.recipe_files import dump
@@ -57,11 +59,13 @@ from regrow.settings import Calibration, Recipe
 from regrow.staged import left_by, staged
 from regrow.stages import sparsify
 from regrow.stages.apply import apply
-from regrow.stages.evaluate import evaluate, read_text, sizes, write_samples
+from regrow.stages.evaluate import evaluate, sizes, write_samples
 from regrow.stages.export import export
 from regrow.stages.load import load, read_teacher
 from regrow.stages.plan import Wish, unprotected
 from regrow.stages.recover import Recovered, recover, stage_of, warning
+
+LEARN_TRACK = "learn.jsonl"
 
 Page = Callable[[Report, Plan | None, Scores | None, str], Mapping[str, str]]  # files to lie beside the model
 
@@ -91,28 +95,32 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     if processes.first():
         checkpoint.check_out(out)
     subject, recipe, wish, zeros = _ready(recipe, clock)
-    plan, scores, chosen = _planned(subject, recipe, wish, clock, progress)
+    stays = _planned(subject, recipe, wish, clock, progress)
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress) if processes.first() else ({}, [])
-    done, aimed = _Done(holder(subject.model.config, subject.anatomy, plan)), with_references(recipe, subject)
+    if recipe.learn is not None and wish is not None:
+        with clock.stage("learn") as record:
+            stays = _learnt(subject, recipe, wish, record, progress)
+    plan, aimed = stays.plan, with_references(recipe, subject)
+    done = _Done(holder(subject.model.config, subject.anatomy, plan))
     if wish is not None:
         notes = _refitted(subject, recipe, plan, clock, progress)
         with clock.stage("apply"):
-            done = _cut(subject, plan, wish, chosen, notes)
+            done = _cut(subject, stays, wish, notes)
     if recipe.sparsify is not None:
         with clock.stage("sparsify") as record:
             done = _sparse(subject, recipe, done.holder, record, progress)
-    training: tuple[dict[str, float], ...] = ()
+    trained: _Trained | None = None
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done)
         with clock.stage("recover") as record:
-            recovered, work = _recovered(subject, aimed, plan, progress)
-            record["tokens"] = recovered.training.tokens
-        training, done = recovered.training.losses, replace(done, notes=(*done.notes, *recovered.notes))
+            trained = _recovered(subject, aimed, plan, progress)
+            record["tokens"] = trained.found.training.tokens
+        done = replace(done, notes=(*done.notes, *trained.found.notes))
     if not processes.first():
         return _by_the_first(out)
     with clock.stage("evaluate after"):
-        after = _measure(subject, recipe, progress)
+        after = evaluate(subject.model, subject.tokenizer, recipe.evaluate, progress=progress)
         now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
     kept = None if zeros is None else zeros_of(subject, recipe, always=True)
     before = sizes(subject.anatomy, subject.anatomy.dense) | sparse_sizes(subject, zeros) | before
@@ -127,20 +135,28 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         machine=machine(),
         notes=(*_known(subject), *done.notes, *uneven(before, after)),
         stages=clock.stages,
-        training=training,
-        search=None if chosen is None else chosen.record,
+        training=() if trained is None else trained.found.training.losses,
+        learning=stays.learning,
+        search=None if stays.chosen is None else stays.chosen.record,
         sparsity=by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
     )
-    files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.papers(kept)}
-    if training:
-        files[TRACK] = "".join(map(line, training))
-    pages = page(report, plan if wish else None, scores, files["recipe.yaml"])
+    tracks = {LEARN_TRACK: report.learning, TRACK: report.training}
+    files = {name: "".join(map(line, rows)) for name, rows in tracks.items() if rows}
+    files |= {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.papers(kept)}
+    pages = page(report, plan if wish else None, stays.scores, files["recipe.yaml"])
     export(subject, done.holder, out, {**files, **pages}, notes_of_folder(subject, out, recipe, kept))
-    if training and not (recipe.recover and _left(recipe.recover, recovered)):
-        keep_runs(work, out)
-        cache.drop(work)
-    processes.wait()
+    _tidy(recipe, stays, trained, out)
     return report
+
+
+def _tidy(recipe: Recipe, stays: _Stays, trained: _Trained | None, out: Path) -> None:
+    """Checkpoints go once the folder is whole, unless the training was left to be gone on with; trackers' runs stay."""
+    left = trained is not None and recipe.recover is not None and _left(recipe.recover, trained.found)
+    for work in (stays.work, None if left or trained is None else trained.work):
+        if work is not None:
+            keep_runs(work, out)
+            cache.drop(work)
+    processes.wait()
 
 
 def _ready(recipe: Recipe, clock: _Clock) -> tuple[Subject, Recipe, Wish | None, Sparsity | None]:
@@ -175,12 +191,23 @@ def _by_the_first(out: Path) -> Report:
     return Report.from_json(json.loads((out / "report.json").read_text(encoding="utf-8")))
 
 
-def _planned(
-    subject: Subject, recipe: Recipe, wish: Wish | None, clock: _Clock, progress: Progress | None
-) -> tuple[Plan, Scores | None, Chosen | None]:
-    """What stays, the scores that say so, the search that chose; everything, and none, where no unit is to go."""
-    if wish is None:
-        return Plan.everything(subject.anatomy), None, None
+@dataclass(frozen=True, slots=True)
+class _Stays:
+    """What stays; the scores, the search or the gates that say so."""
+
+    plan: Plan
+    scores: Scores | None = None
+    chosen: Chosen | None = None
+    gates: Gates | None = None
+    learning: tuple[dict[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+    work: Path | None = None  # checkpoints of the gates' training
+
+
+def _planned(subject: Subject, recipe: Recipe, wish: Wish | None, clock: _Clock, progress: Progress | None) -> _Stays:
+    """What stays by scores or by search; everything where no unit is to go, or gates have yet to learn which."""
+    if wish is None or recipe.learn is not None:
+        return _Stays(Plan.everything(subject.anatomy))
     with clock.stage("score") as record:
         scores = scored(subject, recipe, record, progress, depths(subject, recipe, wish))
     if recipe.search is None:
@@ -192,7 +219,17 @@ def _planned(
             chosen = search(subject, recipe, scores, wish, record, progress)
         plan = chosen.plan
     check_planned(subject, plan, recipe)
-    return plan, scores, chosen
+    return _Stays(plan, scores, chosen)
+
+
+def _learnt(subject: Subject, recipe: Recipe, wish: Wish, record: dict[str, Any], progress: Progress | None) -> _Stays:
+    """What stays by gates that learn; the model's weights have learned beside them."""
+    found, work = learned(subject, recipe, wish, progress)
+    record["tokens"] = found.training.tokens
+    check_planned(subject, found.plan, recipe)
+    return _Stays(
+        found.plan, found.scores, None, found.gates, learning=found.training.losses, notes=found.notes, work=work
+    )
 
 
 def _in_steps(
@@ -264,21 +301,21 @@ def _refitted(
         return said(refit(subject.model, subject.anatomy, plan, blocks, damping=recipe.refit.damping, progress=say))
 
 
-def _cut(subject: Subject, plan: Plan, wish: Wish, chosen: Chosen | None, refitted: Sequence[str]) -> _Done:
-    cut = apply(subject, plan)
-    found = () if chosen is None else chosen.notes
+def _cut(subject: Subject, stays: _Stays, wish: Wish, said: Sequence[str]) -> _Done:
+    cut = apply(subject, stays.plan, stays.gates)
+    found = stays.notes if stays.chosen is None else stays.chosen.notes
     notes = [
         cut.holder.note,
         *found,
-        *refitted,
+        *said,
         f"masked and sliced logits differ by {cut.difference:.0e} of their scale",
     ]
-    lost = " and ".join(f"{unit}s" for unit in unprotected(subject.anatomy, plan, wish))
+    lost = "" if stays.gates else " and ".join(f"{unit}s" for unit in unprotected(subject.anatomy, stays.plan, wish))
     if lost:
         notes.append(f"the budget is too small to leave the end layers whole: they lost {lost} too")
-    files = {"plan.json": json.dumps(plan.to_json())}
-    if chosen is not None:
-        files["search.json"] = json.dumps(chosen.record, indent=1)
+    files = {"plan.json": json.dumps(stays.plan.to_json())}
+    if stays.chosen is not None:
+        files["search.json"] = json.dumps(stays.chosen.record, indent=1)
     return _Done(cut.holder, tuple(notes), files)
 
 
@@ -309,49 +346,16 @@ def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
     return (f"the text's calibration part filled {blocks.numel():,} of the {asked.tokens:,} tokens asked for",)
 
 
-def measured(
-    subject: Subject, recipe: Recipe, record: dict[str, Any], progress: Progress | None
-) -> tuple[dict[str, Measure], list[str]]:
-    """The dense model's measures and samples; kept, except for speed, which belongs to this run alone."""
-    asked = recipe.evaluate
-    inputs = {
-        "model": subject.source["fingerprint"],
-        "evaluate": asked.model_dump(mode="json", exclude={"speed", "repeats"}),
-        "dtype": recipe.dtype,
-        "text": None if asked.text is None else read_text(asked.text)[1],
-        "versions": machine()["versions"],
-        "fp32_products": products.library(),
-        "code": cache.code(),
-    }
-    path = cache.cache_dir("measures") / f"{cache.key(inputs)}.json"
-    record["cached"] = path.exists()
-    if path.exists():
-        data = json.loads(path.read_text(encoding="utf-8"))
-        found, said = {k: Measure.from_json(v) for k, v in data["measures"].items()}, data["samples"]
-    else:
-        found = evaluate(
-            subject.model,
-            subject.tokenizer,
-            asked.model_copy(update={"speed": False}),
-            progress=progress,
-        )
-        said = write_samples(subject.model, subject.tokenizer, asked.samples)
-        with cache.replacing(path) as partial:
-            partial.write_text(
-                json.dumps({"measures": {k: v.to_json() for k, v in found.items()}, "samples": said}), encoding="utf-8"
-            )
-    if asked.speed:
-        quick = asked.model_copy(update={"text": None, "tasks": ()})
-        found |= evaluate(subject.model, subject.tokenizer, quick, progress=progress)
-    return found, said
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """How a recovery went, and the folder of its checkpoints."""
+
+    found: Recovered
+    work: Path
 
 
-def _measure(subject: Subject, recipe: Recipe, progress: Progress | None) -> dict[str, Measure]:
-    return evaluate(subject.model, subject.tokenizer, recipe.evaluate, progress=progress)
-
-
-def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress | None) -> tuple[Recovered, Path]:
-    """Train the cut model; returns how it went and the folder of its checkpoints, which nobody else trains in."""
+def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress | None) -> _Trained:
+    """Train the cut model, in a folder that nobody else trains in."""
     asked = recipe.recover
     assert asked is not None
     teacher = read_teacher(recipe)
@@ -369,7 +373,8 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
     }
     work = cache.cache_dir("recover", cache.key({**inputs, "text": [*map(fingerprint, asked.sources)]}))
     blocks, heldout = (
-        recovery_text(subject, asked, part, count=count, seed=seed) for part, count, seed in recovery_parts(recipe)
+        recovery_text(subject, asked, part, count=count, seed=seed)
+        for part, count, seed in training_parts(asked, recipe.seed)
     )
     empty = sum(map(unanswered, asked.sources))  # now, while the text is surely there
     recipe = with_references(recipe, subject, teacher)
@@ -381,4 +386,4 @@ def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress 
         )
     if notes := notes_of_text(asked, blocks, empty, found):
         found = replace(found, notes=(*found.notes, *notes))
-    return found, work
+    return _Trained(found, work)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_serializer, model_validator
 
 from regrow.errors import InputError, SettingsError, UnknownName, guess
+from regrow.learning import Learn
 from regrow.recovery import Distil, Part, Recover
 
 Axis = Literal["layer", "group", "head", "neuron", "channel"]
@@ -227,6 +228,9 @@ class Recipe(Part):
         description="exact widths of every layer (heads: a group's); names the axes, in place of a budget and a search",
     )
     search: Search | None = Field(default=None, description="choose the shape by trial; null = by `split`")
+    learn: Learn | None = Field(
+        default=None, description="let gates learn which units stay, in place of scores; null = by `criterion`"
+    )
     sparsify: Sparsify | None = Field(default=None, description="zeros in what stays; null = none")
     recover: Recover | None = Field(default=None, description="training after the cut; null = none")
     evaluate: Evaluate = Field(default=Evaluate(), description="what is measured before and after")
@@ -262,6 +266,8 @@ PARTS: dict[str, type[Part]] = {
     "refit": Refit,
     "search": Search,
     "sparsify": Sparsify,
+    "learn": Learn,
+    "learn.distil": Distil,
     "recover": Recover,
     "recover.distil": Distil,
     "evaluate": Evaluate,

@@ -17,6 +17,7 @@ from regrow.artifacts.budget import Budget
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import costs, count
 from regrow.engines import checkpoint, clock, provenance
+from regrow.engines.asked import as_train
 from regrow.engines.bind import Subject
 from regrow.engines.gates import from_plan, gated
 from regrow.engines.texts import documents
@@ -31,7 +32,7 @@ from regrow.stages.evaluate import check_asked, evaluate, read_text, sizes, writ
 from regrow.stages.export import export
 from regrow.stages.load import as_dtype, load, pick_device, read_model
 from regrow.stages.plan import Wish, make_plan
-from regrow.stages.recover import as_train, recover
+from regrow.stages.recover import recover
 from regrow.stages.score import choose, score
 
 

@@ -54,6 +54,7 @@ class Report:
     stages: Mapping[str, Any] = field(default_factory=dict)  # seconds and tokens each stage took
     sparsity: tuple[Mapping[str, float], ...] = ()  # of a sparse model, a layer each: {"weights", "zeros", "error"}
     training: tuple[Mapping[str, float], ...] = ()  # {"step", "tokens", "loss", ...} of the recovery
+    learning: tuple[Mapping[str, float], ...] = ()  # the same of gates that learned, with "sparsity", "teacher" ...
     search: Mapping[str, Any] | None = None  # of a chosen shape: the candidates, their losses, what it took
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Report:
 
         try:
             rest = {k: v for k, v in data.items() if k in Report.__slots__}
-            rest |= {k: tuple(data.get(k, ())) for k in ("samples", "notes", "training", "sparsity")}
+            rest |= {k: tuple(data.get(k, ())) for k in ("samples", "notes", "training", "learning", "sparsity")}
             return Report(**{**rest, "before": measures(data["before"]), "after": measures(data["after"])})
         except (KeyError, TypeError, AttributeError) as error:
             raise SettingsError(

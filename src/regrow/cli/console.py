@@ -49,9 +49,10 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
 
     def say(what: str, done: int, total: int) -> None:
         bars.start()
-        if what not in tasks or bars.tasks[tasks[what]].finished:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
+        name = what.partition(":")[0]  # what follows tells how it goes
+        if name not in tasks or bars.tasks[tasks[name]].finished:
+            tasks[name] = bars.add_task(what, total=total)
+        bars.update(tasks[name], description=what, completed=done, total=total)
 
     try:
         yield say
@@ -66,16 +67,16 @@ def lines() -> Progress:
     said: dict[str, float] = {}
 
     def say(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what not in began:
-            began[what], said[what] = (now, done), now
-            print(f"{what}: {total} to do", file=sys.stderr, flush=True)
-        start, before = began[what]
+        now, name = time.monotonic(), what.partition(":")[0]  # what follows tells how it goes
+        if name not in began:
+            began[name], said[name] = (now, done), now
+            print(f"{name}: {total} to do", file=sys.stderr, flush=True)
+        start, before = began[name]
         if done >= total:
-            del began[what]
+            del began[name]
             print(f"{what}: {done} done in {now - start:.0f} s", file=sys.stderr, flush=True)
-        elif now - said[what] >= EVERY and done > before:
-            said[what] = now
+        elif now - said[name] >= EVERY and done > before:
+            said[name] = now
             left = (now - start) * (total - done) / (done - before)
             print(f"{what}: {done} of {total}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 

@@ -32,6 +32,7 @@ def ls(
         "weight-criteria": (["criterion of weights", "competes within", "solver", "what", "paper"], weight_criteria),
         "solvers": (["solver", "sees", "starts from", "options", "what", "paper"], solvers),
         "zero-spreads": (["spread of zeros", "what", "paper"], zero_spreads),
+        "ramps": (["ramp", "what", "paper"], ramps),
         "losses": (["loss", "of", "options", "what", "paper"], losses),
     }
     if kind != "all" and kind not in kinds:
@@ -72,6 +73,12 @@ def zero_spreads() -> Rows:
     from regrow.artifacts.share import ZERO_SPREADS
 
     return [[s.name, s.about, s.paper] for _, s in ZERO_SPREADS.items()]
+
+
+def ramps() -> Rows:
+    from regrow.artifacts.ramp import RAMPS
+
+    return [[r.name, r.about, r.paper] for _, r in RAMPS.items()]
 
 
 def losses() -> Rows:

@@ -17,6 +17,7 @@ from regrow.cli import (
     estimate,
     evaluate,
     inspect,
+    learn,
     listing,
     prune,
     recover,
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("prune")(prune.prune)
+app.command("learn")(learn.learn)
 app.command("search")(search.search)
 app.command("sparsify")(sparsify.sparsify)
 app.command("recover")(recover.recover)

@@ -29,6 +29,10 @@ CalibrationBlock = Annotated[int | None, typer.Option(help="tokens in a sequence
 Override = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as recover.batch=16; repeatable")]
 Keep = Annotated[str | None, typer.Option(help="budget: 80%, 108M, 220MB, kv=75%, flops=70%")]
 
+ExactShape = Annotated[
+    str | None, typer.Option(help="exact widths instead of a budget: layer=24,group=3,neuron=1024,channel=512")
+]
+Resume = Annotated[bool | None, typer.Option(help="go on with what was interrupted; the default")]
 Params = Annotated[str | None, typer.Option(help="budget in parameters, such as 113M; instead of --keep")]
 
 

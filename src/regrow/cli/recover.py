@@ -33,7 +33,7 @@ def recover(
         str | None, typer.Option(help="learn from this model's predictions: a hub id, a folder, demo, base")
     ] = None,
     loss: Annotated[str | None, typer.Option(help="how far from the teacher; see `regrow ls losses`")] = None,
-    resume: Annotated[bool | None, typer.Option(help="go on with an interrupted recovery; the default")] = None,
+    resume: o.Resume = None,
     text: o.Text = None,
     tasks: o.Tasks = None,
     limit: o.Limit = None,

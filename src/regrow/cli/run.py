@@ -18,11 +18,13 @@ def run(
     model: Annotated[str | None, typer.Option(help="a hub id, a local folder, or demo")] = None,
     keep: o.Keep = None,
     params: o.Params = None,
-    shape: Annotated[
-        str | None, typer.Option(help="exact widths instead of a budget: layer=24,group=3,neuron=1024,channel=512")
+    shape: o.ExactShape = None,
+    learn_tokens: Annotated[
+        int | None, typer.Option(help="tokens that gates learn on, in recipes that have gates")
     ] = None,
     recover_tokens: Annotated[int | None, typer.Option(help="tokens of recovery; 0 for none")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="tokens that scores are measured on")] = None,
+    resume: o.Resume = None,
     text: o.Text = None,
     tasks: o.Tasks = None,
     limit: o.Limit = None,
@@ -36,7 +38,7 @@ def run(
 ) -> None:
     """Run a whole recipe: score, cut, recover, measure, write. Run it again to go on after an interruption."""
     from regrow.cli.finish import finish
-    from regrow.recipe_files import find_recipe, read_recipe
+    from regrow.recipe_files import find_recipe, overlay, read_recipe
     from regrow.settings import parse
 
     flags: dict[str, Any] = present(
@@ -47,12 +49,24 @@ def run(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code or None,
+        learn=present(tokens=learn_tokens) or None,
         recover=present(tokens=recover_tokens) or None,
         calibration=present(tokens=calibration_tokens) or None,
         evaluate=(present(tasks=o.names(tasks), limit=limit) | measured_text(text)) or None,
     )
     path = find_recipe(recipe)
-    finish(parse(laid(read_recipe(path), flags, override), path.name), out, as_json=as_json, quiet=quiet)
+    data = read_recipe(path)
+    if learn_tokens is not None and not data.get("learn"):
+        raise InputError(
+            f"--learn-tokens of recipe {path.stem}, which has no gates that learn",
+            "nuteprune, sheared-llama, policy-gradient, or a recipe with `learn`",
+            "leave it out, or name another recipe",
+        )
+    if resume is not None:
+        for part in ("learn", "recover"):
+            if data.get(part):
+                flags = overlay(flags, {part: {"resume": resume}})
+    finish(parse(laid(data, flags, override), path.name), out, as_json=as_json, quiet=quiet)
 
 
 def laid(data: Mapping[str, Any], flags: Mapping[str, Any], override: Sequence[str] | None) -> dict[str, Any]:

@@ -75,21 +75,21 @@ class LearnedGates(nn.Module):
             a.clamp_(-hard_concrete.LIMIT, hard_concrete.LIMIT)
 
     def chances(self) -> Chances:
-        return {unit: hard_concrete.keep(a) for unit, a in self._each()}
+        return {unit: hard_concrete.keep(a) for unit, a in self.values()}
 
     def drawn(self, source: torch.Generator) -> Values:
         """Gates of one pass, with gradients."""
-        return {unit: hard_concrete.draw(a, _noise(a, source)) for unit, a in self._each()}
+        return {unit: hard_concrete.draw(a, _noise(a, source)) for unit, a in self.values()}
 
     @torch.no_grad()
     def settled(self) -> Values:
         """Gates without chance; as many of each row are 0 as are expected to be."""
-        return {unit: hard_concrete.settled(a) for unit, a in self._each()}
+        return {unit: hard_concrete.settled(a) for unit, a in self.values()}
 
     @torch.no_grad()
     def soft(self) -> Values:
         """What gates that stay multiply by."""
-        return {unit: hard_concrete.soft(a) for unit, a in self._each()}
+        return {unit: hard_concrete.soft(a) for unit, a in self.values()}
 
     def penalty(self, chances: Chances, risen: float) -> tuple[Tensor, dict[str, Tensor]]:
         """What it costs to miss the aims, () fp32, of which `risen` (0 to 1) is asked by now; and what is to be told.
@@ -114,7 +114,8 @@ class LearnedGates(nn.Module):
         chances = self.chances()
         return {aim.name: (float(aim.lost(chances).mean()), aim.share) for aim in self.aims}
 
-    def _each(self) -> list[tuple[Unit, Tensor]]:
+    def values(self) -> list[tuple[Unit, Tensor]]:
+        """The free scalars of each kind of unit."""
         return [(unit, self.a[unit]) for unit in SIZES if unit in self.a]
 
 

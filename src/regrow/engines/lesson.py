@@ -22,8 +22,8 @@ FINAL = 1  # the place of the last block, whose state is compared as the head re
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What a student lowers: `logits` (above 0) times the divergence of a token, `hidden` times the sum over `places` of the mean
-    over tokens of a likeness, `text` times the next token. Place n is the n-th block from the end."""
+    """What a student lowers: `logits` (above 0) times the divergence of a token, `hidden` times the sum over `places`
+    of the mean over tokens of a likeness, `text` times the next token. Place n is the n-th block from the end."""
 
     divergence: Divergence
     likeness: Likeness

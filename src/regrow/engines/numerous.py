@@ -5,6 +5,7 @@ Teachers are what the student was (NutePrune, arXiv:2402.09773, 3.2). What this 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -94,7 +95,7 @@ class Teachers(nn.Module):
     def measure(self, apart: float) -> None:
         """How far the student was from its teacher in a step, in nats: too near, and a denser one is next; too far, and
         a sparser one, where there is one."""
-        if self.course.by != "gap":
+        if self.course.by != "gap" or not math.isfinite(apart):
             return
         old = float(self.apart)
         mean = apart if old < 0 else FADES * old + (1 - FADES) * apart

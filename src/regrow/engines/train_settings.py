@@ -45,6 +45,7 @@ class TrainSettings:
     seed: int = 0  # order of the blocks, dropout
     checkpointing: bool = False  # recompute activations instead of keeping them: less memory, a third more time
     autocast: Literal["fp32", "bf16"] = "fp32"
+    skip: int = 0  # steps at most that are left out because a loss or gradient is not finite
     divergence: float = 3.0  # nats a recorded loss may lie above the lowest one
     minutes: float | None = None  # stop after this long, with a checkpoint
     until: int | None = None  # tokens after which this call ends, with a checkpoint; the schedule is that of the whole
@@ -68,6 +69,7 @@ class TrainSettings:
             "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers, 0 <= beta < 1"),
             "seed": (0 <= self.seed < 2**32, "0 to 2**32 - 1"),
             "autocast": (self.autocast in ("fp32", "bf16"), "fp32, bf16"),
+            "skip": (self.skip >= 0, "0 or more steps"),
             "divergence": (self.divergence > 0, "above 0; inf = never stop"),
             "patience": (self.patience is None or self.patience >= 1, "at least 1, or none"),
             "minutes": (self.minutes is None or self.minutes > 0, "above 0, or none"),

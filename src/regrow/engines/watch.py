@@ -35,6 +35,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.track = Path(trainer.args.output_dir, TRACK)
         self.records: list[dict[str, float]] = []
         self.since: list[dict[str, float]] = []  # steps since the last record
+        self.skipped = 0  # steps that were left out
         self.rate = 0.0
         self.stopped: str | None = None
         self.began = time.perf_counter()
@@ -43,6 +44,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """A resumed run takes back the record of its checkpoint and forgets what came after."""
         self.trainer.find_best()
         self.records = _taken_back(state)
+        self.skipped = int(self.records[-1].get("skipped", 0)) if self.records else 0
         if state.is_world_process_zero:
             with self.trainer.room("record"):
                 self.track.write_text("".join(map(line, self.records)), encoding="utf-8")
@@ -52,12 +54,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.since.append(means)
         self.trainer.average_beside()
         self.rate = optimizer.param_groups[0]["lr"]
-        if not math.isfinite(means["loss"]):
-            raise self._broken(state.global_step, f"the loss is {means['loss']}")
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not math.isfinite(getattr(norm, "full_tensor", lambda: norm)()):
-            raise self._broken(state.global_step, "a gradient is not finite")
+        moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if why := _not_finite(means["loss"], [p.grad for p in moving]):
+            self.skipped += 1
+            if self.skipped > self.settings.skip:
+                raise self._broken(state.global_step, why)
+            self.since.pop()
+            for p in moving:
+                p.grad = None  # the step moves nothing
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """The trainer clears the gradients of the model alone."""
@@ -80,9 +84,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._judge(state, control)
         if self.progress is not None and state.is_world_process_zero:
             each = settings.batch * self.trainer.block
-            now = self.since[-1] if self.since else self.records[-1]
-            also = "".join(f", {name} {now[name]:.3f}" for name in getattr(self.trainer.loss, "shown", ()))
-            self.progress(step * each, state.max_steps * each, f"loss {now['loss']:.3f}{also}")
+            now = self.since[-1] if self.since else self.records[-1] if self.records else {}
+            told = [
+                f"{name} {now[name]:.3f}" for name in ("loss", *getattr(self.trainer.loss, "shown", ())) if name in now
+            ]
+            self.progress(step * each, state.max_steps * each, ", ".join(told))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self.trainer.accelerator.wait_for_everyone()
@@ -146,11 +152,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _record(self, step: int, evaluate: bool, balance: bool, write: bool) -> None:
         record: dict[str, float] = {"step": step, "tokens": step * self.settings.batch * self.trainer.block}
-        for name in self.since[-1]:
+        for name in self.since[-1] if self.since else ():
             record[name] = sum(means[name] for means in self.since) / len(self.since)
         record["learning_rate"] = self.rate
-        lowest = min((x["loss"] for x in self.records), default=math.inf)
-        if record["loss"] > lowest + self.settings.divergence:
+        if self.skipped:
+            record["skipped"] = self.skipped
+        lowest = min((x["loss"] for x in self.records if "loss" in x), default=math.inf)
+        if record.get("loss", lowest) > lowest + self.settings.divergence:
             raise self._broken(step - 1, f"the loss rose from {lowest:.3f} to {record['loss']:.3f}")
         if evaluate:
             record["heldout_loss"] = self.trainer.heldout_loss()
@@ -172,6 +180,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             (f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet")
             + "; lower learning_rate or lengthen warmup",
         )
+
+
+def _not_finite(loss: float, grads: Sequence[Any]) -> str | None:
+    """What is wrong with a step, if anything."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    norm = torch.nn.utils.get_total_norm(grads)
+    return None if math.isfinite(getattr(norm, "full_tensor", lambda: norm)()) else "a gradient is not finite"
 
 
 def _taken_back(state: TrainerState) -> list[dict[str, float]]:

@@ -50,6 +50,13 @@ def curve(training: Sequence[Mapping[str, float]]) -> Markup | None:
     return drawn(lines, axis, "recovery")
 
 
+def path(learning: Sequence[Mapping[str, float]]) -> Markup | None:
+    """Sparsity, what is asked for by then, and the teacher's, in per cent against tokens, while gates learned."""
+    names = {"sparsity": "sparsity", "asked": "asked for", "teacher": "teacher"}
+    lines = {said: [(x, 100 * y) for x, y in _points(learning, "tokens", name)] for name, said in names.items()}
+    return drawn(lines, "tokens", "sparsity in per cent")
+
+
 def drawn(lines: Mapping[str, Sequence[Point]], axis: str, what: str) -> Markup | None:
     """Lines of losses with their names at their ends. None when none has two points."""
     lines = {name: _thin(points) for name, points in lines.items()}

@@ -16,7 +16,7 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.report import Report
 from regrow.artifacts.shape import Shape
 from regrow.page.candidates import candidates
-from regrow.page.curve import curve
+from regrow.page.curve import curve, path
 from regrow.page.headline import asked, reached, stats, views
 from regrow.page.heat import LEVELS, maps
 from regrow.page.layers import draw
@@ -68,6 +68,8 @@ def render(
         planned=plan is not None,
         levels=range(LEVELS),
         curve=curve(report.training),
+        path=path(report.learning),
+        learned=curve([{k: v for k, v in row.items() if k != "loss"} for row in report.learning]),
         search=candidates(report.search),
         samples=report.samples,
         made_by=list(lines(without_paths(report.made_by))),

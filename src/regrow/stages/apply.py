@@ -15,7 +15,7 @@ from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy
 from regrow.engines import checkpoint
 from regrow.engines.bind import Subject, bind
-from regrow.engines.gates import from_plan, gated
+from regrow.engines.gates import Gates, from_plan, gated
 from regrow.engines.hetero import Holder, build, holder
 from regrow.engines.room import give_back
 from regrow.engines.surgery import merged, slice_model
@@ -32,8 +32,10 @@ class Cut:
     difference: float
 
 
-def apply(subject: Subject, plan: Plan) -> Cut:
+def apply(subject: Subject, plan: Plan, gates: Gates | None = None) -> Cut:
     """Cut the model; `subject.model` is consumed. Weights end rounded to the storage type.
+
+    `gates` may be soft where the plan keeps units, and are folded; None: what stays stays as it is.
 
     Raises `IdentityError` when masked and sliced logits differ by more than 1e-5 of their scale. In 16 bits rounding
     hides more than that, so there a random fp32 model of the same class is cut first, and held to the same.
@@ -42,7 +44,7 @@ def apply(subject: Subject, plan: Plan) -> Cut:
     if subject.model.dtype != torch.float32:
         prove(subject.model, subject.anatomy, plan)
     generation = subject.model.generation_config
-    cut, found, difference = _sliced(subject.model, subject.anatomy, plan)
+    cut, found, difference = _sliced(subject.model, subject.anatomy, plan, gates)
     cut.generation_config = generation
     checkpoint.round_to(cut, subject.store)
     subject.model = cut
@@ -86,12 +88,12 @@ def _random(kind: Any, config: Any) -> Any:
     return model
 
 
-def _sliced(model: Any, anatomy: Anatomy, plan: Plan) -> tuple[Any, Holder, float]:
+def _sliced(model: Any, anatomy: Anatomy, plan: Plan, gates: Gates | None = None) -> tuple[Any, Holder, float]:
     """The cut model, what holds it, and how far its logits are from those of the intact one, merged and masked."""
-    ids = checkpoint.probe(anatomy.sizes["V"])
-    with merged(model, anatomy, plan), gated(model, anatomy, from_plan(anatomy, plan)):
+    ids, gates = checkpoint.probe(anatomy.sizes["V"]), from_plan(anatomy, plan) if gates is None else gates
+    with merged(model, anatomy, plan), gated(model, anatomy, gates):
         masked = checkpoint.logits(model, ids)
     found = holder(model.config, anatomy, plan)
-    cut = build(found.config, dict(slice_model(model, anatomy, plan)))
+    cut = build(found.config, dict(slice_model(model, anatomy, plan, gates)))
     difference = checkpoint.check_equal("masked and sliced logits", masked, checkpoint.logits(cut, ids), model.dtype)
     return cut, found, difference

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from regrow import cache
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
-from regrow.engines import checkpoint, masks, moving_masks, processes
+from regrow.engines import checkpoint, masks, moving_masks
 from regrow.engines.adapters import add_adapters, merge, moved
+from regrow.engines.asked import as_train
 from regrow.engines.bind import Subject
 from regrow.engines.correction import correct
 from regrow.engines.distil import FromTeacher, Teacher, check_teacher, checked_head
 from regrow.engines.kept_teacher import FromKept, Kept, keep
 from regrow.engines.match import Match, Matcher
-from regrow.engines.mixture import Mixture
 from regrow.engines.objective import Loss, Objective
 from regrow.engines.on_policy import OnPolicy, Policy
 from regrow.engines.online_teacher import FromOnlineTeacher, Online
@@ -40,12 +40,11 @@ from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.engines.trained import Shapes, cut_and_norms, only
 from regrow.errors import SettingsError
-from regrow.recovery import HELDOUT_TOKENS, RATES, WHOLE, Recover
+from regrow.recovery import RATES, WHOLE, Recover
 
 Progress = Callable[[int, int, str], None]
 
 FILLS = "zeros are filled by plain LoRA; spp, hira, ia3, full and lora-masked keep them, ast moves them"
-OFTEN = 50  # steps between two updates of a mixture's weights, where nothing else is asked (Sheared LLaMA)
 FEW = 0.01  # of the weights under adapters; fewer that change were hardly worth the training
 
 
@@ -343,53 +342,3 @@ def warning(subject: Subject, settings: Recover) -> str | None:
     """What a user must know before the training begins."""
     sparse = settings.method == "lora" and masks.masks_of(subject.model, subject.anatomy) is not None
     return FILLS if sparse else None
-
-
-def as_train(settings: Recover, seed: int) -> TrainSettings:
-    """The training loop's settings behind a recipe's `recover`. Raises `SettingsError`."""
-    assert settings.learning_rate is not None  # the method's own where none was named
-    step, held = settings.batch * settings.block, HELDOUT_TOKENS * len(settings.sources)
-    often = settings.evaluate_every or max(settings.tokens // 20, held)
-    return TrainSettings(
-        tokens=settings.tokens,
-        learning_rate=settings.learning_rate,
-        schedule=settings.schedule,
-        warmup=settings.warmup,
-        batch=settings.batch,
-        micro_batch=min(settings.micro_batch, max(1, settings.batch // processes.count())),
-        checkpointing=settings.checkpointing,
-        seed=seed,
-        floor=settings.floor,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        autocast=settings.autocast,
-        patience=settings.patience,
-        until=settings.until,
-        report_to=settings.report_to,
-        mixture=mixture_of(settings),
-        evaluate_every=max(1, often // step),
-        save_every=max(25, settings.tokens // step // 10),
-        log_every=max(1, min(10, settings.tokens // step // 20)),
-    )
-
-
-def mixture_of(settings: Recover) -> Mixture | None:
-    """Of several sources, or of one that is to be balanced, which is refused. Raises `SettingsError`."""
-    dynamic = settings.balance == "dynamic"
-    if not settings.mixture and not dynamic:
-        return None
-    names, told = settings.sources, settings.references
-    if told and set(told) != set(names):
-        raise SettingsError(
-            f"references for {', '.join(sorted(told))}",
-            f"one loss for each source of the mixture: {', '.join(names)}",
-            "name each of them, or none and have them measured",
-        )
-    step = settings.batch * settings.block
-    return Mixture(
-        names=names,
-        weights=tuple(settings.mixture.get(name, 1.0) for name in names),
-        every=max(1, round((settings.balance_every or OFTEN * step) / step)) if dynamic else 0,
-        references=tuple(told[name] for name in names) if told and dynamic else (),
-        signed=not dynamic or settings.excess == "signed",
-    )

@@ -1,0 +1,227 @@
+"""Stage learn: gates are trained beside the weights until as many are shut as the budget asks for, and say what stays.
+
+What the gates say is handed on as scores, their free scalars, and as the shares that each kind of unit loses; the
+planner makes of it a plan whose true count fits the budget. Adapters end merged, gates to be folded.
+What this gives up: weights that are spread over processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regrow.artifacts.family import Unit
+from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
+from regrow.artifacts.hard_concrete import LIMIT
+from regrow.artifacts.plan import Plan
+from regrow.artifacts.ramp import RAMPS
+from regrow.artifacts.scores import Scores
+from regrow.artifacts.shape import Anatomy
+from regrow.engines.adapters import add_adapters, merge
+from regrow.engines.asked import as_train
+from regrow.engines.banks import Shelf
+from regrow.engines.bind import Subject
+from regrow.engines.gates import Gates, gated
+from regrow.engines.learnable import Aim, LearnedGates, of_units, of_weights, opened
+from regrow.engines.learning import Learning, Pace, Rates
+from regrow.engines.lesson import FINAL, Lesson
+from regrow.engines.numerous import Course, Teachers
+from regrow.engines.packed import Packed
+from regrow.engines.train import TrainResult, train
+from regrow.engines.train_settings import TrainSettings
+from regrow.errors import BudgetError, SettingsError
+from regrow.learning import Learn
+
+Progress = Callable[[int, int, str], None]
+Settle = Callable[[Scores, Mapping[Unit, float]], Plan]
+"""(the gates' scalars as scores, the share that each kind of unit loses) -> the plan of that."""
+
+CLIMB = 2.0  # how often gates could cross their whole range in the steps there are; with less they are warned of
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is to go: a share of the decoder weights, and of single kinds of units where widths are named."""
+
+    share: float
+    units: tuple[Unit, ...]
+    widths: Mapping[Unit, float] | None = None  # unit -> share of each layer's, or of the model's
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What stays and with which gates, what said so, and how the training went."""
+
+    plan: Plan
+    gates: Gates
+    scores: Scores
+    training: TrainResult
+    notes: tuple[str, ...]
+
+
+def learn(
+    subject: Subject,
+    blocks: Packed,
+    settings: Learn,
+    target: Target,
+    settle: Settle,
+    *,
+    folder: Path,
+    seed: int,
+    heldout: Packed | None = None,
+    rescale_norms: bool = False,
+    progress: Progress | None = None,
+) -> Learned:
+    """Train gates and weights of `subject.model` on `blocks`; the model ends with its adapters merged, uncut.
+
+    `folder` holds checkpoints: an interrupted training goes on where it stopped. Raises `BudgetError` when the gates
+    end elsewhere than at their aims, with the checkpoint kept, and what `train` raises.
+    """
+    anatomy, numbers = subject.anatomy, as_loop(settings, seed)
+    pace = pace_of(settings, numbers.steps(blocks.ids.shape[1]))
+    aims = aims_of(anatomy, target)
+    gates = LearnedGates(anatomy, target.units, aims, seed=seed)
+    model: Any = subject.model.requires_grad_(settings.method == "full")
+    if settings.method == "lora":
+        assert settings.alpha is not None  # the rank where none was named
+        names: Any = settings.targets or "all-linear"
+        rank, alpha, dropout = settings.rank, settings.alpha, settings.dropout or 0.0
+        model = add_adapters(model, "lora", rank=rank, alpha=alpha, dropout=dropout, targets=names, seed=seed)
+
+    def settled() -> Plan:
+        return settle(scores_of(gates), lost_of(gates))
+
+    goal = Learning(
+        model,
+        anatomy,
+        gates,
+        of_weights(anatomy, target.share),
+        pace,
+        taught=taught_by(settings, anatomy, target.share, folder),
+        settle=settled,
+        seed=seed,
+    )
+    goal.live.rescale_norms = rescale_norms
+    rates = Rates(settings.gate_rate, settings.multiplier_rate, settings.follow)
+    with gated(subject.model, anatomy, goal.live):
+        result = train(
+            model,
+            blocks,
+            numbers,
+            folder=folder,
+            loss=goal.objective(rates),
+            heldout=heldout,
+            resume=settings.resume,
+            progress=progress,
+        )
+    check_reached(gates, settings, result, goal.plan is not None)
+    plan = goal.plan or settled()
+    values = goal.kept(plan, goal.hardened)
+    subject.model = merge(model) if settings.method == "lora" else model.requires_grad_(True).eval()
+    notes = notes_of(gates, settings, result)
+    return Learned(plan, opened(anatomy, values, rescale_norms=rescale_norms), scores_of(gates), result, notes)
+
+
+def as_loop(settings: Learn, seed: int) -> TrainSettings:
+    """The training loop's settings; its loss rises with the sparsity, so that rising is no sign of anything."""
+    return replace(as_train(settings, seed), divergence=math.inf, skip=settings.skip)
+
+
+def pace_of(settings: Learn, steps: int) -> Pace:
+    """Raises `SettingsError` when there is no step in which the sparsity rises, or none after it."""
+    warm, anneal = round(settings.rise * steps), steps - round(settings.anneal * steps)
+    if settings.rise and not 1 <= warm < anneal:
+        raise SettingsError(
+            f"{steps} steps, of which the sparsity rises in {warm} and gates are annealed in {steps - anneal}",
+            "at least one step of rising, and one after it before gates are annealed",
+            "raise learn.tokens, or lower learn.rise or learn.anneal",
+        )
+    return Pace(steps, settings.batch, RAMPS.get(settings.ramp), warm, anneal)
+
+
+def too_few(settings: Learn, steps: int) -> str | None:
+    """A warning where gates cannot move far enough in the steps there are."""
+    needed = math.ceil(CLIMB * 2 * LIMIT / settings.gate_rate)
+    if steps >= needed:
+        return None
+    return (
+        f"{steps} steps at learn.gate_rate {settings.gate_rate:g}: a gate needs {needed // 2} to cross its range, so "
+        f"that {needed} or more are advisable: raise learn.tokens, or lower learn.batch or learn.block"
+    )
+
+
+def aims_of(anatomy: Anatomy, target: Target) -> list[Aim]:
+    if target.widths is None:
+        return [of_weights(anatomy, target.share)]
+    return [of_units(unit, share) for unit, share in target.widths.items()]
+
+
+def taught_by(settings: Learn, anatomy: Anatomy, share: float, folder: Path) -> tuple[Lesson, Teachers] | None:
+    if settings.teachers == "none":
+        return None
+    depth = anatomy.sizes["L"]
+    places = tuple(range(FINAL, depth + 1)) if settings.places is None else settings.places
+    lesson = Lesson(
+        DIVERGENCES.get(settings.loss),
+        LIKENESSES.get(settings.distil.likeness),
+        settings.distil.options,
+        settings.logits,
+        settings.hidden,
+        places,
+        settings.distil.text,
+    )
+    by = "dense" if settings.teachers == "dense" else settings.choice
+    course = Course(share, settings.spacing, settings.lag, by, settings.gap)
+    return lesson, Teachers(course, Shelf(folder / "teachers" if settings.records == "disk" else None))
+
+
+def scores_of(gates: LearnedGates) -> Scores:
+    """The free scalars: the higher, the surer a unit stays. They share one scale."""
+    gates.clamp()
+    table = {unit: a.detach().float().cpu().clone() for unit, a in gates.values()}
+    criteria = {unit: {"name": "learned", "options": {}, "comparable": True} for unit in table}
+    return Scores(table, {"criteria": criteria})
+
+
+@torch.no_grad()
+def lost_of(gates: LearnedGates) -> dict[Unit, float]:
+    """The share of each kind of unit that is expected to go; of those inside layers, of the layers that stay."""
+    chances = gates.chances()
+    layers = chances.get("layer")
+    found: dict[Unit, float] = {}
+    for unit, chance in chances.items():
+        rows = chance.double().mean(-1)  # () or (L,)
+        if rows.dim() == 0:
+            found[unit] = 1 - float(rows)
+        else:
+            weight = torch.ones_like(rows) if layers is None else layers.double()
+            found[unit] = 1 - float((rows * weight).sum() / weight.sum())
+    return found
+
+
+def check_reached(gates: LearnedGates, settings: Learn, result: TrainResult, fixed: bool) -> None:
+    """Raise `BudgetError` for gates that are not where they should be, unless the training was left before its end."""
+    for name, (found, asked) in gates.missed().items():
+        if abs(found - asked) <= settings.tolerance or fixed:
+            continue
+        what = "decoder weights" if name == "weights" else f"{name}s"
+        raise BudgetError(
+            f"the gates ended at {100 * found:.1f} % of the {what} gone, and {100 * asked:.1f} % are to go "
+            f"({result.steps} steps)",
+            f"within {100 * settings.tolerance:g} points of it",
+            "nothing was cut; give them more steps (learn.tokens, or a smaller batch), raise learn.multiplier_rate, "
+            "or lower learn.rise",
+        )
+
+
+def notes_of(gates: LearnedGates, settings: Learn, result: TrainResult) -> tuple[str, ...]:
+    parts = [f"{100 * found:.1f} % of {name}" for name, (found, _) in gates.missed().items()]
+    notes = [f"gates ({settings.gates}) learned over {result.tokens:,} tokens to let go of {', '.join(parts)}"]
+    if skipped := int(result.losses[-1].get("skipped", 0)) if result.losses else 0:
+        notes.append(f"{skipped} of {result.steps} steps were left out: their loss or gradient was not finite")
+    return tuple(notes)
