@@ -25,16 +25,19 @@ REPO = Path(__file__).parents[1]
 SRC = REPO / "src" / "regrow"
 
 FLOORS = {
-    **dict.fromkeys(("errors", "registry", "settings", "recovery", "recipe_files", "cache"), 0),
+    **dict.fromkeys(("errors", "registry", "settings", "recovery", "learning", "recipe_files", "cache"), 0),
     "artifacts": 1,
     **dict.fromkeys(("families", "criteria", "spreads", "solvers", "losses", "schedules", "predictors"), 2),
     "engines": 3,
     "stages": 4,
     **dict.fromkeys(("prepare", "record", "run", "kept", "search", "study", "dryrun", "sparse_costs", "references"), 5),
-    **dict.fromkeys(("foretold", "staged", "cut_checks", "recovery_checks", "plan_checks", "trials"), 5),
+    **dict.fromkeys(
+        ("foretold", "staged", "cut_checks", "recovery_checks", "plan_checks", "trials", "learn_checks", "learned"), 5
+    ),
     **dict.fromkeys(("", "__main__", "cli", "page", "door"), 6),
 }
 HOOKED = tuple(f"engines.{name}" for name in ("walk", "inputs", "gates", "head", "match"))
+TAKING = ("engines.surgery", "engines.banks")
 NO_SIDEWAYS = (2, 4)  # knowledge and stages: a file imports no other file of its floor
 BANNED = {"utils", "helpers", "common", "misc", "base", "core"}
 HEAVY = ("torch", "transformers", "peft", "lm_eval", "datasets", "matplotlib", "accelerate")
@@ -228,7 +231,8 @@ def only_commands_print(house: House) -> list[str]:
 
 
 def hooks_and_weights_have_one_home(house: House) -> list[str]:
-    """Hooks: the walk (statistics), gates, and where a student hears its teacher. Tensors are taken away: surgery."""
+    """Hooks: the walk (statistics), gates, and where a student hears its teacher. Tensors are taken away: surgery,
+    and for a pass the banks of adapters."""
     found = []
     for module in house.values():
         for node in ast.walk(module.tree):
@@ -239,7 +243,7 @@ def hooks_and_weights_have_one_home(house: House) -> list[str]:
             taken = any(isinstance(t, ast.Attribute) and t.attr == "data" for t in targets)
             named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
             taken |= named and node.func.attr in ("register_parameter", "set_submodule")  # type: ignore[attr-defined]
-            if taken and module.name != "engines.surgery":
+            if taken and module.name not in TAKING:
                 found.append(f"{module.name}:{node.lineno} replaces a tensor")
     return found
 

@@ -51,11 +51,11 @@ def target_of(anatomy: Anatomy, recipe: Recipe, wish: Wish) -> Target:
             "raise learn.spacing, or learn.most_records",
         )
     if asked.gates != "sheared":
-        return Target(share, wish.axes)
+        return Target(share, wish.axes, rescale_norms=wish.rescale_norms)
     layers = widths.get("layer", anatomy.sizes["L"])
     lost = {unit: 1 - widths[unit] / _full(anatomy, unit, layers) for unit in wish.axes}
     some = {unit: gone for unit, gone in lost.items() if gone > 0}  # gates that are all to stay never quite would
-    return Target(share, tuple(some), some)
+    return Target(share, tuple(some), some, wish.rescale_norms)
 
 
 def _full(anatomy: Anatomy, unit: Unit, layers: int) -> int:
@@ -102,7 +102,7 @@ def learned(subject: Subject, recipe: Recipe, wish: Wish, progress: Progress | N
         "text": [*map(fingerprint, asked.sources)],
     }
     work = cache.cache_dir("learn", cache.key(inputs))
-    blocks, heldout = (
+    text, heldout = (
         recovery_text(subject, asked, part, count=tokens, seed=seed)
         for part, tokens, seed in training_parts(asked, recipe.seed)
     )
@@ -110,14 +110,12 @@ def learned(subject: Subject, recipe: Recipe, wish: Wish, progress: Progress | N
     with cache.held(work, "this training of gates") if processes.first() else nullcontext():
         found = learn(
             subject,
-            blocks,
+            (text, heldout),
             asked,
             target,
             lambda scores, lost: planned(subject.anatomy, wish, scores, lost),
             folder=work,
             seed=recipe.seed,
-            heldout=heldout,
-            rescale_norms=recipe.rescale_norms,
             progress=say,
         )
     return found, work

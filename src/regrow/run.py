@@ -120,8 +120,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     if not processes.first():
         return _by_the_first(out)
     with clock.stage("evaluate after"):
-        after = evaluate(subject.model, subject.tokenizer, recipe.evaluate, progress=progress)
-        now = write_samples(subject.model, subject.tokenizer, recipe.evaluate.samples)
+        after, now = _after(subject, recipe, progress)
     kept = None if zeros is None else zeros_of(subject, recipe, always=True)
     before = sizes(subject.anatomy, subject.anatomy.dense) | sparse_sizes(subject, zeros) | before
     after = sizes(subject.anatomy, plan.shape()) | sparse_sizes(subject, kept) | after
@@ -140,13 +139,25 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         search=None if stays.chosen is None else stays.chosen.record,
         sparsity=by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
     )
-    tracks = {LEARN_TRACK: report.learning, TRACK: report.training}
-    files = {name: "".join(map(line, rows)) for name, rows in tracks.items() if rows}
-    files |= {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1), **done.papers(kept)}
-    pages = page(report, plan if wish else None, stays.scores, files["recipe.yaml"])
-    export(subject, done.holder, out, {**files, **pages}, notes_of_folder(subject, out, recipe, kept))
+    files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1)}
+    files |= {**_tracks(report), **done.papers(kept)}
+    files |= page(report, plan if wish else None, stays.scores, files["recipe.yaml"])
+    export(subject, done.holder, out, files, notes_of_folder(subject, out, recipe, kept))
     _tidy(recipe, stays, trained, out)
     return report
+
+
+def _after(subject: Subject, recipe: Recipe, progress: Progress | None) -> tuple[dict[str, Measure], list[str]]:
+    """Measures of what is in memory now, and what it writes."""
+    asked = recipe.evaluate
+    found = evaluate(subject.model, subject.tokenizer, asked, progress=progress)
+    return found, write_samples(subject.model, subject.tokenizer, asked.samples)
+
+
+def _tracks(report: Report) -> dict[str, str]:
+    """The records of the trainings, a line each."""
+    tracks = {LEARN_TRACK: report.learning, TRACK: report.training}
+    return {name: "".join(map(line, rows)) for name, rows in tracks.items() if rows}
 
 
 def _tidy(recipe: Recipe, stays: _Stays, trained: _Trained | None, out: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from models import anatomy_of, difference, ids, logits, make
-from regrow.artifacts.expected import dense_weights, expected_weights
 from regrow.artifacts.family import Unit
-from regrow.artifacts.hard_concrete import LIMIT
+from regrow.engines.expected import dense_weights, expected_weights
 from regrow.engines.gates import gated
+from regrow.engines.hard_concrete import LIMIT
 from regrow.engines.learnable import Aim, LearnedGates, of_units, of_weights, opened, show
 
 UNITS: tuple[Unit, ...] = ("layer", "group", "neuron", "channel")

@@ -1,6 +1,6 @@
 """Gates of a model as parameters: drawn anew in every pass, pulled to a size by multipliers, settled in the end.
 
-Each unit has one free scalar (`artifacts.hard_concrete`). For every aim two multipliers climb while it is missed, so
+Each unit has one free scalar (`engines.hard_concrete`). For every aim two multipliers climb while it is missed, so
 that missing it costs more and more (NutePrune with one aim, Sheared LLaMA with one for each kind of unit).
 What this gives up: aims that are not shares of what the model has.
 """
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.artifacts import hard_concrete
-from regrow.artifacts.expected import Chances, dense_weights, expected_weights
 from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.shape import Anatomy
+from regrow.engines import hard_concrete
+from regrow.engines.expected import Chances, dense_weights, expected_weights
 from regrow.engines.gates import INSIDE, Gates, LayerGates
 
 SIZES: dict[Unit, tuple[str, ...]] = {

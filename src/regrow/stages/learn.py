@@ -17,7 +17,6 @@ import torch
 
 from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
-from regrow.artifacts.hard_concrete import LIMIT
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.ramp import RAMPS
 from regrow.artifacts.scores import Scores
@@ -27,6 +26,7 @@ from regrow.engines.asked import as_train
 from regrow.engines.banks import Shelf
 from regrow.engines.bind import Subject
 from regrow.engines.gates import Gates, gated
+from regrow.engines.hard_concrete import LIMIT
 from regrow.engines.learnable import Aim, LearnedGates, of_units, of_weights, opened
 from regrow.engines.learning import Learning, Pace, Rates
 from regrow.engines.lesson import FINAL, Lesson
@@ -51,6 +51,7 @@ class Target:
     share: float
     units: tuple[Unit, ...]
     widths: Mapping[Unit, float] | None = None  # unit -> share of each layer's, or of the model's
+    rescale_norms: bool = False  # norms keep statistics over the whole width
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +67,25 @@ class Learned:
 
 def learn(
     subject: Subject,
-    blocks: Packed,
+    texts: tuple[Packed, Packed | None],
     settings: Learn,
     target: Target,
     settle: Settle,
     *,
     folder: Path,
     seed: int,
-    heldout: Packed | None = None,
-    rescale_norms: bool = False,
     progress: Progress | None = None,
 ) -> Learned:
-    """Train gates and weights of `subject.model` on `blocks`; the model ends with its adapters merged, uncut.
+    """Train gates and weights of `subject.model` on the first of `texts`, its curve measured on the second; the model
+    ends with its adapters merged, uncut.
 
     `folder` holds checkpoints: an interrupted training goes on where it stopped. Raises `BudgetError` when the gates
     end elsewhere than at their aims, with the checkpoint kept, and what `train` raises.
     """
     anatomy, numbers = subject.anatomy, as_loop(settings, seed)
-    pace = pace_of(settings, numbers.steps(blocks.ids.shape[1]))
-    aims = aims_of(anatomy, target)
-    gates = LearnedGates(anatomy, target.units, aims, seed=seed)
-    model: Any = subject.model.requires_grad_(settings.method == "full")
-    if settings.method == "lora":
-        assert settings.alpha is not None  # the rank where none was named
-        names: Any = settings.targets or "all-linear"
-        rank, alpha, dropout = settings.rank, settings.alpha, settings.dropout or 0.0
-        model = add_adapters(model, "lora", rank=rank, alpha=alpha, dropout=dropout, targets=names, seed=seed)
+    pace = pace_of(settings, numbers.steps(texts[0].ids.shape[1]))
+    gates = LearnedGates(anatomy, target.units, aims_of(anatomy, target), seed=seed)
+    model = _adapted(subject.model, settings, seed)
 
     def settled() -> Plan:
         return settle(scores_of(gates), lost_of(gates))
@@ -106,25 +100,34 @@ def learn(
         settle=settled,
         seed=seed,
     )
-    goal.live.rescale_norms = rescale_norms
+    goal.live.rescale_norms = target.rescale_norms
     rates = Rates(settings.gate_rate, settings.multiplier_rate, settings.follow)
     with gated(subject.model, anatomy, goal.live):
         result = train(
             model,
-            blocks,
+            texts[0],
             numbers,
             folder=folder,
             loss=goal.objective(rates),
-            heldout=heldout,
+            heldout=texts[1],
             resume=settings.resume,
             progress=progress,
         )
     check_reached(gates, settings, result, goal.plan is not None)
     plan = goal.plan or settled()
-    values = goal.kept(plan, goal.hardened)
+    open_gates = opened(anatomy, goal.kept(plan, goal.hardened), rescale_norms=target.rescale_norms)
     subject.model = merge(model) if settings.method == "lora" else model.requires_grad_(True).eval()
-    notes = notes_of(gates, settings, result)
-    return Learned(plan, opened(anatomy, values, rescale_norms=rescale_norms), scores_of(gates), result, notes)
+    return Learned(plan, open_gates, scores_of(gates), result, notes_of(gates, settings, result))
+
+
+def _adapted(model: Any, settings: Learn, seed: int) -> Any:
+    """The model with what learns beside the gates: all of it, or adapters."""
+    if settings.method == "full":
+        return model.requires_grad_(True)
+    assert settings.alpha is not None  # the rank where none was named
+    names: Any = settings.targets or "all-linear"
+    rank, alpha, dropout = settings.rank, settings.alpha, settings.dropout or 0.0
+    return add_adapters(model, "lora", rank=rank, alpha=alpha, dropout=dropout, targets=names, seed=seed)
 
 
 def as_loop(settings: Learn, seed: int) -> TrainSettings:

@@ -10,11 +10,11 @@ import torch
 from transformers import LlamaConfig
 
 from models import anatomy_of, config_of, families, make, plan
-from regrow.artifacts.expected import dense_weights, expected_weights
-from regrow.artifacts.hard_concrete import LIMIT, keep, logit
 from regrow.artifacts.shape import Anatomy, count
 from regrow.engines.bind import bind
+from regrow.engines.expected import dense_weights, expected_weights
 from regrow.engines.gates import from_plan
+from regrow.engines.hard_concrete import LIMIT, keep, logit
 
 KINDS = [kind for kind, _ in families()]
 

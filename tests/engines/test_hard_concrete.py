@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from regrow.artifacts.hard_concrete import LIMIT, SHIFT, draw, keep, logit, settled, soft
+from regrow.engines.hard_concrete import LIMIT, SHIFT, draw, keep, logit, settled, soft
 
 
 def at(*values: float) -> torch.Tensor:
