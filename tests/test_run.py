@@ -605,7 +605,7 @@ def test_a_start_that_differs_is_another_recovery(recipe: Make) -> None:
         subject = road.load(recipe().model)
         with torch.no_grad():
             subject.model.model.norm.weight[0] += nudge
-        folders.append(road._recovered(subject, asked, plan, None)[1])
+        folders.append(road._recovered(subject, asked, plan, None).work)
     assert folders[0] != folders[1]
 
 

@@ -9,8 +9,10 @@ import warnings
 
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
 from regrow.artifacts.ramp import RAMPS
+from regrow.engines import processes
 from regrow.engines.trackers import check_trackers
 from regrow.errors import RegrowWarning, SettingsError
+from regrow.learning import Learn
 from regrow.recovery import Distil
 from regrow.settings import Recipe
 from regrow.stages.learn import as_loop, pace_of, too_few
@@ -53,13 +55,41 @@ def check_learn(recipe: Recipe) -> None:
             f"learn.patience = {asked.patience}: the loss rises with the sparsity", "null", "leave it out"
         )
     check_trackers(asked.report_to)
+    _check_together(asked)
     RAMPS.get(asked.ramp)
     DIVERGENCES.get(asked.loss).check(asked.distil.options)
     if LIKENESSES.get(asked.distil.likeness).of != "states":
         raise SettingsError(f"learn.distil.likeness = {asked.distil.likeness}", "cosine, mse", "name one of them")
     steps = as_loop(asked, recipe.seed).steps(asked.block)
-    pace_of(asked, steps)
+    if asked.gates != "policy-gradient":
+        pace_of(asked, steps)
     if recipe.dtype != "fp32":
         raise SettingsError(f"gates that learn in {recipe.dtype}", "fp32", "use --dtype fp32")
-    if said := too_few(asked, steps):
+    said = None if asked.gates == "policy-gradient" else too_few(asked, steps)
+    if said is not None:
         warnings.warn(said, RegrowWarning, stacklevel=2)
+
+
+def _check_together(asked: Learn) -> None:
+    """Refuse ways to learn that do not go together. Raises `SettingsError`."""
+    alone = asked.gates == "policy-gradient"
+    if alone != (asked.method == "none"):
+        raise SettingsError(
+            f"learn.method = {asked.method} of learn.gates = {asked.gates}",
+            "none of policy-gradient, which moves no weight, and lora or full of the others",
+            "change one of them",
+        )
+    if alone and asked.teachers != "none":
+        raise SettingsError(
+            f"learn.teachers = {asked.teachers} of policy-gradient", "none: it learns from the text", "say none"
+        )
+    if alone and processes.count() > 1:
+        raise SettingsError(
+            f"policy-gradient in {processes.count()} processes", "one process", "start it without a launcher"
+        )
+    if asked.method == "full" and asked.teachers != "none":
+        raise SettingsError(
+            f"learn.teachers = {asked.teachers} where all weights learn: the teachers live in them",
+            "method lora, or teachers none",
+            "change one of them",
+        )

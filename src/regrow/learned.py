@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +25,10 @@ from regrow.engines.numerous import Course
 from regrow.engines.texts import fingerprint
 from regrow.engines.train_settings import FREE
 from regrow.errors import SettingsError
-from regrow.kept import Progress
+from regrow.kept import Progress, read_by, scored
 from regrow.prepare import recovery_text, training_parts
 from regrow.settings import Recipe
-from regrow.stages.learn import Learned, Target, learn
+from regrow.stages.learn import Learned, Target, learn, learn_by_masks
 from regrow.stages.plan import Wish, make_plan, meet
 
 
@@ -38,7 +39,7 @@ def target_of(anatomy: Anatomy, recipe: Recipe, wish: Wish) -> Target:
     widths: dict[Unit, int] = {}
     if wish.widths is not None:
         widths = {unit: _total(anatomy, wish.widths, unit) for unit in wish.axes}
-    elif wish.budget.measure != "decoder_weights" or asked.gates == "sheared":
+    elif wish.budget.measure != "decoder_weights" or asked.gates != "hard-concrete":
         uniform = replace(wish, uniform=wish.uniform or asked.gates == "sheared")
         widths = meet(anatomy, uniform, wish.budget.target(anatomy))
     left = count(anatomy, even(anatomy, widths), decoder_only=True) if widths else wish.budget.target(anatomy)
@@ -50,7 +51,7 @@ def target_of(anatomy: Anatomy, recipe: Recipe, wish: Wish) -> Target:
             f"{asked.most_records} at most",
             "raise learn.spacing, or learn.most_records",
         )
-    if asked.gates != "sheared":
+    if asked.gates == "hard-concrete":
         return Target(share, wish.axes, rescale_norms=wish.rescale_norms)
     layers = widths.get("layer", anatomy.sizes["L"])
     lost = {unit: 1 - widths[unit] / _full(anatomy, unit, layers) for unit in wish.axes}
@@ -99,6 +100,7 @@ def learned(subject: Subject, recipe: Recipe, wish: Wish, progress: Progress | N
         "rescale_norms": recipe.rescale_norms,
         "code": cache.code(),
         "seed": recipe.seed,
+        "start": read_by(recipe) | {"criterion": recipe.criterion} if asked.gates == "policy-gradient" else None,
         "text": [*map(fingerprint, asked.sources)],
     }
     work = cache.cache_dir("learn", cache.key(inputs))
@@ -107,15 +109,14 @@ def learned(subject: Subject, recipe: Recipe, wish: Wish, progress: Progress | N
         for part, tokens, seed in training_parts(asked, recipe.seed)
     )
     say = None if progress is None else lambda done, total, what: progress(f"learn: {what}", done, total)
+    where: dict[str, Any] = {"folder": work, "seed": recipe.seed, "progress": say}
+
+    def settle(scores: Scores, lost: Mapping[Unit, float]) -> Plan:
+        return planned(subject.anatomy, wish, scores, lost)
+
+    if asked.gates == "policy-gradient":
+        target = replace(target, start=scored(subject, recipe, {}, progress))
+        with cache.held(work, "these masks"):
+            return learn_by_masks(subject, text, asked, target, settle, **where), work
     with cache.held(work, "this training of gates") if processes.first() else nullcontext():
-        found = learn(
-            subject,
-            (text, heldout),
-            asked,
-            target,
-            lambda scores, lost: planned(subject.anatomy, wish, scores, lost),
-            folder=work,
-            seed=recipe.seed,
-            progress=say,
-        )
-    return found, work
+        return learn(subject, (text, heldout), asked, target, settle, **where), work

@@ -12,8 +12,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from regrow.recovery import Recover
 
-LEARN_RATES = {"lora": 1e-3, "full": 1e-4}
-"""The peak rate of the weights beside the gates: NutePrune's of LoRA, Sheared LLaMA's of all weights."""
+LEARN_RATES = {"lora": 1e-3, "full": 1e-4, "none": 6e-3}
+"""The peak rate of the weights beside the gates: NutePrune's of LoRA, Sheared LLaMA's of all weights; that of chances
+where no weight learns (arXiv:2406.10576)."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -26,7 +27,9 @@ class Learn(Recover):
     `options`, `text` and `likeness`.
     """
 
-    method: Literal["lora", "full"] = Field(default="lora", description="what learns beside the gates")
+    method: Literal["lora", "full", "none"] = Field(  # type: ignore[assignment]
+        default="lora", description="what learns beside the gates; none: policy-gradient, whose rate it is then"
+    )
     tokens: int = Field(default=160_000, ge=1, description="how many tokens are trained on")
     block: int = Field(default=128, ge=8, description="tokens in a sequence")
     batch: int = Field(default=2, ge=1, description="sequences in a step; gates need hundreds of steps")

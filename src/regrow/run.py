@@ -20,7 +20,7 @@ from torch import Tensor
 
 from regrow import cache
 from regrow.artifacts.plan import Plan
-from regrow.artifacts.report import Report
+from regrow.artifacts.report import Measure, Report
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy
 from regrow.artifacts.sparsity import Sparsity

@@ -535,7 +535,7 @@ def test_what_a_recovery_starts_from_is_in_its_key(
     subject = load(str(short))
 
     def folder() -> Path:
-        return module._recovered(subject, recipe, Plan.everything(subject.anatomy), None)[1]
+        return module._recovered(subject, recipe, Plan.everything(subject.anatomy), None).work
 
     before = folder()
     assert folder() == before

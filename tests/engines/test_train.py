@@ -326,6 +326,20 @@ def test_one_that_broke_is_gone_on_with(tmp_path: Path) -> None:
     assert ends[0][1] == ends[1][1]
 
 
+@pytest.mark.parametrize("kind", ["nan", "inf", "grad"])
+def test_steps_that_may_be_left_out_are_counted(kind: str, tmp_path: Path) -> None:
+    """Weights are where the last good step left them, and one step too many ends the run."""
+    sound = tiny()
+    train(sound, patterns(), settings(until=2 * STEP), folder=tmp_path / "sound", loss=fault(1000, kind))
+    model = tiny()
+    result = train(model, patterns(), settings(skip=4), folder=tmp_path / "skips", loss=fault(2, kind))
+    assert same(weights(model), weights(sound))
+    assert [row.get("skipped", 0) for row in result.losses] == [0, 0, 1, 2, 3, 4]
+    assert all("loss" not in row for row in result.losses[2:])
+    with pytest.raises(BrokenModel, match="training broke in step 6 of 6"):
+        train(tiny(), patterns(), settings(skip=3), folder=tmp_path / "breaks", loss=fault(2, kind))
+
+
 def test_not_finite_before_any_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(BrokenModel, match="no checkpoint had been written yet"):
         train(tiny(), patterns(), settings(), folder=tmp_path, loss=fault(0, "nan"))

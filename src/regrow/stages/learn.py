@@ -8,6 +8,7 @@ What this gives up: weights that are spread over processes.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +26,14 @@ from regrow.engines.adapters import add_adapters, merge
 from regrow.engines.asked import as_train
 from regrow.engines.banks import Shelf
 from regrow.engines.bind import Subject
-from regrow.engines.gates import Gates, gated
+from regrow.engines.gates import Gates, from_plan, gated
 from regrow.engines.hard_concrete import LIMIT
 from regrow.engines.learnable import Aim, LearnedGates, of_units, of_weights, opened
 from regrow.engines.learning import Learning, Pace, Rates
 from regrow.engines.lesson import FINAL, Lesson
 from regrow.engines.numerous import Course, Teachers
 from regrow.engines.packed import Packed
+from regrow.engines.policy import Tries, begin, learn_masks
 from regrow.engines.train import TrainResult, train
 from regrow.engines.train_settings import TrainSettings
 from regrow.errors import BudgetError, SettingsError
@@ -52,6 +54,7 @@ class Target:
     units: tuple[Unit, ...]
     widths: Mapping[Unit, float] | None = None  # unit -> share of each layer's, or of the model's
     rescale_norms: bool = False  # norms keep statistics over the whole width
+    start: Scores | None = None  # of policy-gradient: what its chances begin after
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,48 @@ def _adapted(model: Any, settings: Learn, seed: int) -> Any:
     names: Any = settings.targets or "all-linear"
     rank, alpha, dropout = settings.rank, settings.alpha, settings.dropout or 0.0
     return add_adapters(model, "lora", rank=rank, alpha=alpha, dropout=dropout, targets=names, seed=seed)
+
+
+def learn_by_masks(
+    subject: Subject,
+    text: Packed,
+    settings: Learn,
+    target: Target,
+    settle: Settle,
+    *,
+    folder: Path,
+    seed: int,
+    progress: Progress | None = None,
+) -> Learned:
+    """What stays by losses of drawn masks, beginning with chances after `target.start`; no weight moves.
+
+    Raises what `learn_masks` raises.
+    """
+    assert target.widths is not None and target.start is not None  # noqa: PT018
+    steps = as_loop(settings, seed).steps(text.ids.shape[1])
+    assert settings.learning_rate is not None
+    tries = Tries(steps, settings.batch, settings.masks, settings.learning_rate, settings.window, seed)
+    begun = {unit: begin(target.start.table[unit], 1 - target.widths[unit]) for unit in target.units}
+    began = time.perf_counter()
+    chances, records = learn_masks(
+        subject.model,
+        subject.anatomy,
+        text,
+        begun,
+        tries,
+        folder=folder,
+        resume=settings.resume,
+        progress=progress,
+    )
+    criteria = {unit: {"name": "learned", "options": {}, "comparable": True} for unit in chances}
+    scores = Scores(chances, {"criteria": criteria})
+    plan = settle(scores, target.widths)
+    sure = [float(torch.maximum(x, 1 - x).mean()) for x in chances.values()]
+    note = f"chances of units learned from {steps * settings.masks:,} masks; they are {min(sure):.2f} sure on average"
+    seen = steps * settings.batch * text.ids.shape[1]
+    result = TrainResult(steps, seen, 0, records, time.perf_counter() - began, None)
+    gates = from_plan(subject.anatomy, plan)
+    return Learned(plan, gates, scores, result, (note,))
 
 
 def as_loop(settings: Learn, seed: int) -> TrainSettings:
