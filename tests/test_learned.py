@@ -139,7 +139,11 @@ def test_sheared_ends_with_exactly_the_shape(recipe: Make, tmp_path: Path) -> No
     assert report.model["holder"] == "stock"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.config.hidden_size == 96
-    assert {"sparsity neuron", "sparsity layer", "sparsity channel"} <= report.learning[-1].keys()
+    fresh = AutoModelForCausalLM.from_config(plain.config)
+    assert plain.num_parameters() == fresh.num_parameters()
+    before = AutoModelForCausalLM.from_pretrained(asked.model).config
+    for unit, share in (("neuron", 128 / before.intermediate_size), ("channel", 96 / before.hidden_size)):
+        assert report.learning[-1][f"sparsity {unit}"] == pytest.approx(1 - share, abs=0.06)
 
 
 def test_by_masks_alone(recipe: Make, tmp_path: Path) -> None:

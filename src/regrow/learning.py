@@ -55,7 +55,7 @@ class Learn(Recover):
         default="count", description="which of them: so many records behind (`lag`), or about so far away (`gap`)"
     )
     spacing: float = Field(default=0.01, gt=0, lt=1, description="sparsity between two records of it")
-    lag: int = Field(default=10, ge=0, description="how many records the teacher is behind")
+    lag: int = Field(default=10, ge=1, description="how many records the teacher is behind")
     gap: Positive = Field(default=0.1, description="nats a token that the teacher shall be away, with `choice: gap`")
     records: Literal["memory", "disk"] = Field(default="memory", description="where records are kept")
     most_records: int = Field(default=200, ge=1, description="more of them are refused: each has gates and adapters")

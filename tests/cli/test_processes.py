@@ -66,6 +66,31 @@ def test_two_processes_leave_what_one_leaves(
         assert [x[name] for x in losses[0]] == pytest.approx([x[name] for x in losses[1]], abs=1e-5)
 
 
+def test_gates_learned_by_two_processes_are_those_of_one(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
+    """The same draw on both, gradients of gates and multipliers averaged, the same teachers."""
+    changes = {"block": 32, "batch": 4, "micro_batch": 4, "lag": 1, "spacing": 0.002, "rise": 0.5, "tolerance": 1,
+               "logits": 1, "learning_rate": 1e-4}  # fmt: skip
+    sets = [word for name, value in changes.items() for word in ("--set", f"learn.{name}={value}")]
+    asked = ["learn", sprout_dir, "--keep", "80%", "--learn-tokens", 16 * 4 * 32, "--text", "none", *sets,
+             "--set", "evaluate.samples=[]"]  # fmt: skip
+    two, one = tmp_path / "two", tmp_path / "one"
+    command = [sys.executable, "-m", *TORCHRUN, "-m", "regrow", *asked, "--out", two, "--json"]
+    own = {**os.environ, "REGROW_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=400, check=False, env=own)
+    assert done.returncode == 0, done.stderr
+    alone = regrow(*asked, "--out", one)
+    assert alone.code == 0, alone.err
+    ours, theirs = (json.loads((folder / "report.json").read_text())["learning"] for folder in (one, two))
+    for name in ("loss", "sparsity", "multiplier", "teacher"):
+        assert [x[name] for x in ours] == pytest.approx([x[name] for x in theirs], abs=1e-5), name
+    assert max(x["teacher"] for x in ours) > 0
+    plans = [json.loads((folder / "plan.json").read_text())["layers"] for folder in (one, two)]
+    assert plans[0] == plans[1]
+    first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    for name, value in first.items():
+        assert torch.allclose(value.float(), second[name].float(), atol=1e-5), name
+
+
 def test_a_device_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never run on GPUs here: what would be asked for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from models import anatomy_of, config_of, families, make, plan
 from regrow.artifacts.shape import Anatomy, count
@@ -41,6 +41,14 @@ def test_published_sparsities_of_llama_7b(a: tuple[float, float, float], sparsit
     assert dense_weights(anatomy) == 6_476_005_376
     found = 1 - expected_weights(anatomy, alike(anatomy, *a)) / dense_weights(anatomy)
     assert float(found) == pytest.approx(sparsity, abs=1e-6)
+
+
+def test_groups_count_with_their_keys_and_values() -> None:
+    """Mistral-7B: 6,710,886,400 weights that NutePrune's code may remove and 268,435,456 keys and values that it never
+    does; here all of them count, since a group goes whole."""
+    config = MistralConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                           num_key_value_heads=8)  # fmt: skip
+    assert dense_weights(bind(config)) == 6_710_886_400 + 268_435_456
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -140,6 +140,20 @@ def test_values_are_shown_to_a_model_at_work(kind: str, rescale: bool) -> None:
         assert torch.equal(logits(model, ids()), drawn)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_gates_that_are_all_1_are_no_gates(kind: str, rescale: bool) -> None:
+    """To the bit, with every kind of unit at once (P1, S3)."""
+    model = make(kind)
+    anatomy = anatomy_of(model)
+    units = tuple(unit for unit in (*UNITS, "head") if unit in anatomy.supported)
+    gates = LearnedGates(anatomy, units, [of_weights(anatomy, 0.5)], seed=0)
+    ones = {unit: torch.ones_like(a) for unit, a in gates.values()}
+    with gated(model, anatomy, opened(anatomy, ones, rescale_norms=rescale)):
+        found = logits(model, ids())
+    assert torch.equal(found, logits(model, ids()))
+
+
 def test_gradients_reach_every_kind_of_unit() -> None:
     model = make("llama").requires_grad_(False)
     anatomy = anatomy_of(model)
