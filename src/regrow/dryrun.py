@@ -127,7 +127,9 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
     else:
         rows = [*cut_rows(recipe, anatomy, dense, cut, gflops)]
         rows[1:1] = [*asking_rows(recipe, anatomy, shape, gflops), before]
-        rows[2:2] = search_rows(recipe, dense, cut, gflops)
+        rows[2:2] = search_rows(recipe, dense, cut, gflops) or learn_rows(recipe, anatomy, dense, gflops)
+        if recipe.learn is not None and recipe.learn.gates != "policy-gradient":
+            del rows[0]  # gates are the scores
     if trained is not None and trained.tokens:
         held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)
         flops = 3 * cut.flops_per_token
@@ -204,6 +206,19 @@ def search_rows(recipe: Recipe, dense: Costs, cut: Costs, gflops: float) -> list
         flops = 3 * cut.flops_per_token + dense.flops_per_token
         rows.append(_row("train the best", asked.top * asked.rank_tokens, flops, held, gflops))
     return rows
+
+
+def learn_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -> list[dict[str, Any]]:
+    """Gates that learn on the whole model: with a teacher one pass more, which shares the weights; masks go forward."""
+    asked = recipe.learn
+    if asked is None:
+        return []
+    made = 4 * PIECES * min(head.NUMBERS, asked.micro_batch * asked.block * anatomy.sizes["V"])
+    held = round(4 * TRAIN_COPIES.get(asked.method, 1.0) * dense.parameters) + made
+    if asked.gates == "policy-gradient":
+        return [_row("try masks", asked.masks * asked.tokens, dense.flops_per_token, held, gflops)]
+    passes = 3 + (asked.teachers != "none")
+    return [_row("learn", asked.tokens, passes * dense.flops_per_token, held, gflops)]
 
 
 def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -> list[dict[str, Any]]:
