@@ -11,7 +11,7 @@ import pytest
 
 from regrow.artifacts.plan import LayerPlan, Plan
 from regrow.artifacts.shape import LayerShape, Shape
-from regrow.page.curve import curve, ticks
+from regrow.page.curve import curve, path, ticks
 from regrow.page.heat import COLUMNS, LEVELS, heat_map, maps
 from regrow.page.layers import draw, layer_views
 from regrow.page.svg import picture, tag
@@ -148,6 +148,16 @@ def test_the_curve_falls_when_the_loss_does() -> None:
     assert all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(points))  # y counts downwards
     assert "tokens" in svg
     assert "loss 2." in svg
+
+
+def test_the_path_of_gates_in_per_cent() -> None:
+    rows = [{"tokens": 100.0 * i, "sparsity": 0.002 * i, "asked": 0.0025 * i, "teacher": 0.001 * i} for i in range(41)]
+    svg = path(rows)
+    assert svg is not None
+    ends = [t.text for t in ElementTree.fromstring(svg).iter("text") if (t.get("class") or "").startswith("label")]
+    assert {"sparsity 8.00", "asked for 10.0", "teacher 4.00"} == {" ".join((text or "").split()) for text in ends}
+    assert path(()) is None
+    assert "teacher" not in str(path([{k: v for k, v in row.items() if k != "teacher"} for row in rows]))
 
 
 def test_long_logs_are_thinned() -> None:
