@@ -129,7 +129,7 @@ def test_sheared_ends_with_exactly_the_shape(recipe: Make, tmp_path: Path) -> No
     shape = {"layer": 3, "neuron": 128, "channel": 96}
     asked = recipe(
         keep=None, shape=shape, rescale_norms=False,
-        learn={"gates": "sheared", "method": "full", "teachers": "none", "tolerance": 0.2},
+        learn={"gates": "sheared", "method": "full", "teachers": "none", "tokens": 300 * 64, "multiplier_rate": 2.0},
     )  # fmt: skip
     report = walk(asked, tmp_path / "out")
     after = report.shape["after"]

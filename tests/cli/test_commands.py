@@ -412,7 +412,7 @@ def test_help_of_every_command(regrow: Command) -> None:
     whole = regrow("--help")
     assert whole.code == 0
     assert regrow().out == whole.out
-    for name in ("run", "prune", "eval", "inspect", "estimate", "doctor", "ls", "show", "diff", "report"):
+    for name in ("run", "prune", "learn", "eval", "inspect", "estimate", "doctor", "ls", "show", "diff", "report"):
         done = regrow(name, "--help")
         assert done.code == 0
         assert f"Usage: regrow {name}" in done.out
@@ -422,7 +422,7 @@ def test_every_command_takes_the_options_that_scripts_pass_everywhere() -> None:
     """Where nothing is drawn, --seed is taken all the same, and says so."""
     group: Any = get_command(app)
     still = {"inspect", "estimate", "doctor", "ls", "show", "diff", "report"}
-    assert set(group.commands) == still | {"run", "search", "prune", "sparsify", "recover", "eval"}
+    assert set(group.commands) == still | {"run", "search", "learn", "prune", "sparsify", "recover", "eval"}
     for name, command in group.commands.items():
         given = {flag: p for p in command.params for flag in p.opts}
         assert {"--json", "--quiet", "-q", "--seed"} <= set(given), name

@@ -151,7 +151,7 @@ def test_a_fault_in_merging_is_seen(
     """A cut whose heads are merged otherwise than the masked model's is found before anything is written."""
     kept = merging_plan(make("llama", **heads), "minitron")
     monkeypatch.setattr(
-        "regrow.stages.apply.slice_model", lambda model, anatomy, plan: slice_model(model, anatomy, fault(plan))
+        "regrow.stages.apply.slice_model", lambda model, anatomy, plan, _: slice_model(model, anatomy, fault(plan))
     )
     with pytest.raises(IdentityError, match="masked and sliced"):
         apply(subject(make("llama", **heads)), kept)

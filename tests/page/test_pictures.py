@@ -155,7 +155,7 @@ def test_the_path_of_gates_in_per_cent() -> None:
     svg = path(rows)
     assert svg is not None
     ends = [t.text for t in ElementTree.fromstring(svg).iter("text") if (t.get("class") or "").startswith("label")]
-    assert {"sparsity 8.00", "asked for 10.0", "teacher 4.00"} == {" ".join((text or "").split()) for text in ends}
+    assert {"sparsity 8", "asked for 10", "teacher 4"} == {" ".join((text or "").split()) for text in ends}
     assert path(()) is None
     assert "teacher" not in str(path([{k: v for k, v in row.items() if k != "teacher"} for row in rows]))
 
