@@ -13,6 +13,7 @@ interruption.
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -188,7 +188,7 @@ class Bench:
 
 
 def scratch() -> Path:
-    return cache_dir("bench-learn", str(torch.randint(2**62, ()).item()))
+    return Path(tempfile.mkdtemp(dir=cache_dir("bench-learn")))  # chance is seeded: other processes draw the same
 
 
 if __name__ == "__main__":
