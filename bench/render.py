@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import render_distil
+import render_learn
 import render_sparse
 from render_sparse import spread_of, table
 
@@ -220,6 +221,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "startup": ("Start-up and demo", startup),
     **render_sparse.SECTIONS,
     **render_distil.SECTIONS,
+    **render_learn.SECTIONS,
 }
 
 
