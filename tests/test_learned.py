@@ -146,6 +146,22 @@ def test_sheared_ends_with_exactly_the_shape(recipe: Make, tmp_path: Path) -> No
         assert report.learning[-1][f"sparsity {unit}"] == pytest.approx(1 - share, abs=0.06)
 
 
+@pytest.mark.filterwarnings("ignore::regrow.errors.RegrowWarning")
+def test_domains_are_balanced_while_gates_learn(recipe: Make, tmp_path: Path) -> None:
+    """References are losses of the model as it was read, also those of the recovery that follows."""
+    mixed = {"mixture": {"demo:squad": 1, "demo:coqa": 1}, "balance": "dynamic", "balance_every": 512}
+    asked = recipe(learn={**mixed, "tolerance": 0.2, "tokens": 60 * 64}, recover={**mixed, "tokens": 1024, "block": 64})
+    report = walk(asked, tmp_path / "out")
+    (first,), (second,) = ({row[key] for row in rows[-1:]} for rows, key in (
+        (report.learning, "weight demo:squad"), (report.training, "weight demo:squad")))  # fmt: skip
+    assert 0 < first < 1
+    assert 0 < second < 1
+    files = list((tmp_path / "cache" / "references").glob("*.json"))
+    assert len(files) == 2  # blocks of two lengths
+    losses = [json.loads(path.read_text()) for path in files]
+    assert losses[0] == pytest.approx(losses[1], abs=0.3)
+
+
 def test_by_masks_alone(recipe: Make, tmp_path: Path) -> None:
     """No weight moves: what stays is as it was; the count fits; interrupted, it ends the same."""
     own = {"gates": "policy-gradient", "method": "none", "teachers": "none", "learning_rate": 0.05, "tokens": 1920}
@@ -244,6 +260,7 @@ def test_gates_decide_and_the_count_is_enforced() -> None:
         ({"learn": {"teacher": "base"}}, "learn.teacher = base"),
         ({"learn": {"distil": {"cache": 200}}}, "learn.distil.cache"),
         ({"learn": {"patience": 3}}, "learn.patience"),
+        ({"learn": {"until": 64}}, "learn.until"),
         ({"learn": {"distil": {"likeness": "relations"}}}, "learn.distil.likeness"),
         ({"dtype": "bf16"}, "bf16"),
         ({"learn": {"rise": 1.0, "anneal": 0.5}}, "in which the sparsity rises|of which the sparsity rises"),

@@ -50,6 +50,12 @@ def check_learn(recipe: Recipe) -> None:
                 ", ".join(f"learn.distil.{own}" for own in OWN_DISTIL),
                 "leave it out",
             )
+    if asked.until is not None:
+        raise SettingsError(
+            f"learn.until = {asked.until}: what gates say counts at the end alone",
+            "null",
+            "leave it out; an interrupted training goes on when the same command is given again",
+        )
     if asked.patience is not None:
         raise SettingsError(
             f"learn.patience = {asked.patience}: the loss rises with the sparsity", "null", "leave it out"

@@ -30,6 +30,12 @@ def origin_of(subject: Subject, held: Holder) -> dict[str, Any]:
     return {**known, "holder": held.kind, "holder_note": held.note}
 
 
+def known(subject: Subject) -> tuple[str, ...]:
+    """What a reader must know of the model that all began with."""
+    note = subject.source.get("note")
+    return (f"dense: {note}",) if note else ()
+
+
 def zeros_of(subject: Subject, recipe: Recipe, *, always: bool) -> Sparsity | None:
     """The zeros of a model; None of a dense one, unless they are wanted `always`."""
     asked = recipe.sparsify.pattern if recipe.sparsify else subject.source.get("sparsity", {}).get("pattern")

@@ -15,23 +15,31 @@ from regrow.engines.domains import by_domain
 from regrow.engines.packed import Packed
 from regrow.engines.text_loss import text_loss
 from regrow.engines.texts import fingerprint
-from regrow.prepare import recovery_text, training_parts
+from regrow.prepare import recovery_text, training_parts, trainings
 from regrow.recovery import Recover
 from regrow.settings import Recipe
 from regrow.stages.recover import Recovered
 
 
 def with_references(recipe: Recipe, subject: Subject, teacher: Teacher | None = None) -> Recipe:
-    """With the references in it that its weights are balanced by: the losses of `teacher`, else of `subject`.
+    """With the references in it that weights of its trainings are balanced by: the losses of `teacher`, else of
+    `subject`, as it was read.
 
     As it is when there is nothing to measure, or when its teacher's are wanted and it is not here. Measured once for a
     model and a text, and kept.
     """
-    asked = recipe.recover
-    if asked is None or not asked.tokens or asked.balance == "fixed" or asked.references:
-        return recipe
-    if asked.teacher is not None and teacher is None:
-        return recipe
+    found = {name: _measured(asked, recipe.seed, subject, teacher) for name, asked in trainings(recipe).items()}
+    update = {
+        name: asked.model_copy(update={"references": losses})
+        for name, asked in trainings(recipe).items()
+        if (losses := found[name])
+    }
+    return recipe.model_copy(update=update) if update else recipe
+
+
+def _measured(asked: Recover, seed: int, subject: Subject, teacher: Teacher | None) -> dict[str, float] | None:
+    if asked.balance == "fixed" or asked.references or (asked.teacher is not None and teacher is None):
+        return None
     who = subject if teacher is None else teacher
     inputs = {
         "model": who.source["fingerprint"],
@@ -45,13 +53,12 @@ def with_references(recipe: Recipe, subject: Subject, teacher: Teacher | None = 
     if path.exists():
         losses = json.loads(path.read_text(encoding="utf-8"))
     else:
-        part, count, seed = training_parts(asked, recipe.seed)[1]
-        heldout = recovery_text(subject, asked, part, count=count, seed=seed)
+        part, count, drawn = training_parts(asked, seed)[1]
+        heldout = recovery_text(subject, asked, part, count=count, seed=drawn)
         losses = by_domain(who.model, text_loss(who.model), heldout, asked.micro_batch, who.model.device)
         with cache.replacing(path) as partial:
             partial.write_text(json.dumps(losses), encoding="utf-8")
-    found = dict(zip(asked.sources, losses, strict=True))
-    return recipe.model_copy(update={"recover": asked.model_copy(update={"references": found})})
+    return dict(zip(asked.sources, losses, strict=True))
 
 
 def notes_of_text(asked: Recover, blocks: Packed, empty: int, found: Recovered) -> tuple[str, ...]:

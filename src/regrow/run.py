@@ -51,7 +51,7 @@ from regrow.prepare import (
     with_method,
 )
 from regrow.recipe_files import dump
-from regrow.record import by_layer, made_by, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
+from regrow.record import by_layer, known, made_by, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
 from regrow.recovery import Recover
 from regrow.references import notes_of_text, with_references
 from regrow.search import Chosen, check_search, depths, search
@@ -98,11 +98,11 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
     stays = _planned(subject, recipe, wish, clock, progress)
     with clock.stage("evaluate before") as record:
         before, said = measured(subject, recipe, record, progress) if processes.first() else ({}, [])
+    aimed = with_references(recipe, subject)  # while it is as it was read
     if recipe.learn is not None and wish is not None:
         with clock.stage("learn") as record:
-            stays = _learnt(subject, recipe, wish, record, progress)
-    plan, aimed = stays.plan, with_references(recipe, subject)
-    done = _Done(holder(subject.model.config, subject.anatomy, plan))
+            stays = _learnt(subject, aimed, wish, record, progress)
+    done = _Done(holder(subject.model.config, subject.anatomy, plan := stays.plan))
     if wish is not None:
         notes = _refitted(subject, recipe, plan, clock, progress)
         with clock.stage("apply"):
@@ -132,7 +132,7 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         after=after,
         samples=_side_by_side(recipe.evaluate.samples, said, now),
         machine=machine(),
-        notes=(*_known(subject), *done.notes, *uneven(before, after)),
+        notes=(*known(subject), *done.notes, *uneven(before, after)),
         stages=clock.stages,
         training=() if trained is None else trained.found.training.losses,
         learning=stays.learning,
@@ -276,12 +276,6 @@ class _Done:
 
 def _side_by_side(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> tuple[dict[str, str], ...]:
     return tuple({"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True))
-
-
-def _known(subject: Subject) -> tuple[str, ...]:
-    """What a reader must know of the model that all began with."""
-    note = subject.source.get("note")
-    return (f"dense: {note}",) if note else ()
 
 
 def _left(asked: Recover, found: Recovered) -> bool:

@@ -116,7 +116,7 @@ def learn(
             resume=settings.resume,
             progress=progress,
         )
-    check_reached(gates, settings, result, goal.plan is not None)
+    check_reached(gates, settings, result)
     plan = goal.plan or settled()
     open_gates = opened(anatomy, goal.kept(plan, goal.hardened), rescale_norms=target.rescale_norms)
     subject.model = merge(model) if settings.method == "lora" else model.requires_grad_(True).eval()
@@ -252,10 +252,10 @@ def lost_of(gates: LearnedGates) -> dict[Unit, float]:
     return found
 
 
-def check_reached(gates: LearnedGates, settings: Learn, result: TrainResult, fixed: bool) -> None:
-    """Raise `BudgetError` for gates that are not where they should be, unless the training was left before its end."""
+def check_reached(gates: LearnedGates, settings: Learn, result: TrainResult) -> None:
+    """Raise `BudgetError` for gates that are not where they should be."""
     for name, (found, asked) in gates.missed().items():
-        if abs(found - asked) <= settings.tolerance or fixed:
+        if abs(found - asked) <= settings.tolerance:
             continue
         what = "decoder weights" if name == "weights" else f"{name}s"
         raise BudgetError(
