@@ -23,7 +23,7 @@ from regrow.learned import planned, target_of
 from regrow.prepare import as_wish, check_words
 from regrow.recipe_files import overlay
 from regrow.settings import Recipe, parse
-from regrow.stages.learn import too_few
+from regrow.stages.learn import pull_of, too_few
 from regrow.stages.plan import Wish
 
 QUICK = {
@@ -290,6 +290,11 @@ def test_too_few_steps_are_warned_of(recipe: Make) -> None:
     assert too_few(short.learn, 185) is None
     with pytest.warns(RegrowWarning, match="50 steps at learn.gate_rate"):
         check_words(short)
+
+
+def test_a_short_training_pulls_harder() -> None:
+    assert pull_of(7000) == pull_of(4000) == 0.1
+    assert pull_of(400) == pytest.approx(1.0)
 
 
 def test_more_records_than_are_allowed() -> None:

@@ -71,7 +71,11 @@ class Learn(Recover):
         "null = all of them",
     )
     gate_rate: Positive = Field(default=0.1, description="rate of the gates")
-    multiplier_rate: Positive = Field(default=0.1, description="rate of the multipliers that pull to the size")
+    multiplier_rate: Positive | None = Field(
+        default=None,
+        description="rate of the multipliers that pull to the size; null = NutePrune's 0.1, and as much more as there "
+        "are fewer than 4,000 steps",
+    )
     follow: bool = Field(default=False, description="these two rise and fall as that of the weights does")
     ramp: str = Field(default="linear", description="how the sparsity rises: linear or cubic; `regrow ls ramps`")
     rise: Share = Field(default=0.4, description="share of the steps in which it rises")

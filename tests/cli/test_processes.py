@@ -69,7 +69,7 @@ def test_two_processes_leave_what_one_leaves(
 def test_gates_learned_by_two_processes_are_those_of_one(regrow: Command, sprout_dir: Path, tmp_path: Path) -> None:
     """The same draw on both, gradients of gates and multipliers averaged, the same teachers."""
     changes = {"block": 32, "batch": 4, "micro_batch": 4, "lag": 1, "spacing": 0.002, "rise": 0.5, "tolerance": 1,
-               "logits": 1, "learning_rate": 1e-4}  # fmt: skip
+               "logits": 1, "learning_rate": 1e-4, "multiplier_rate": 0.1}  # fmt: skip
     sets = [word for name, value in changes.items() for word in ("--set", f"learn.{name}={value}")]
     asked = ["learn", sprout_dir, "--keep", "80%", "--learn-tokens", 16 * 4 * 32, "--text", "none", *sets,
              "--set", "evaluate.samples=[]"]  # fmt: skip

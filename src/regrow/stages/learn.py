@@ -43,6 +43,7 @@ Progress = Callable[[int, int, str], None]
 Settle = Callable[[Scores, Mapping[Unit, float]], Plan]
 """(the gates' scalars as scores, the share that each kind of unit loses) -> the plan of that."""
 
+PULL, USUAL = 0.1, 4000  # NutePrune's rate of multipliers, and fewer steps than it has
 CLIMB = 2.0  # how often gates could cross their whole range in the steps there are; with less they are warned of
 
 
@@ -104,7 +105,7 @@ def learn(
         seed=seed,
     )
     goal.live.rescale_norms = target.rescale_norms
-    rates = Rates(settings.gate_rate, settings.multiplier_rate, settings.follow)
+    rates = Rates(settings.gate_rate, settings.multiplier_rate or pull_of(pace.steps), settings.follow)
     with gated(subject.model, anatomy, goal.live):
         result = train(
             model,
@@ -190,6 +191,11 @@ def pace_of(settings: Learn, steps: int) -> Pace:
             "raise learn.tokens, or lower learn.rise or learn.anneal",
         )
     return Pace(steps, settings.batch, RAMPS.get(settings.ramp), warm, anneal)
+
+
+def pull_of(steps: int) -> float:
+    """The rate of multipliers that nobody named: in a short training they must climb as high as in a long one."""
+    return PULL * max(1.0, USUAL / steps)
 
 
 def too_few(settings: Learn, steps: int) -> str | None:
