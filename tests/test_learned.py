@@ -246,6 +246,16 @@ def test_gates_decide_and_the_count_is_enforced() -> None:
     assert all(len(row.groups) == 3 for row in plan.layers)
 
 
+def test_a_kind_that_did_not_learn_stays_whole() -> None:
+    """Masks of neurons alone, where an even cut to the budget took no group."""
+    anatomy = smol()
+    scores = Scores({"neuron": torch.randn(3, anatomy.sizes["F"], generator=torch.Generator().manual_seed(0))}, {})
+    wish = Wish(budget=Budget.parse("80%"), axes=("neuron", "group"))
+    plan = planned(anatomy, wish, scores, {"neuron": 0.4})
+    assert all(len(row.groups) == 3 for row in plan.layers)
+    assert count(anatomy, plan.shape(), decoder_only=True) <= 0.8 * count(anatomy, anatomy.dense, decoder_only=True)
+
+
 # --- what is refused
 
 

@@ -80,7 +80,7 @@ def planned(anatomy: Anatomy, wish: Wish, scores: Scores, lost: Mapping[Unit, fl
     if wish.widths is not None:
         return make_plan(anatomy, scores, wish)
     least = min(share for share in lost.values() if share > 0)
-    split = {unit: max(share, least) for unit, share in lost.items()}
+    split = {unit: max(lost[unit], least) if unit in lost else 0.0 for unit in wish.axes}  # what did not learn stays
     return make_plan(anatomy, scores, replace(wish, split=split, spread="across"))
 
 

@@ -42,6 +42,7 @@ class Pace:
     ramp: Ramp
     warm: int
     anneal: int  # `steps` = never
+    seed: int = 0  # of what is drawn
 
     def risen(self, step: int) -> float:
         """Share of the sparsity that is asked for in step `step` (from 0)."""
@@ -81,10 +82,9 @@ class Learning(nn.Module):
         *,
         taught: tuple[Lesson, Teachers] | None = None,
         settle: Callable[[], Plan] | None = None,
-        seed: int = 0,
     ) -> None:
         super().__init__()
-        self.anatomy, self.whole, self.pace, self.settle, self.seed = anatomy, whole, pace, settle, seed
+        self.anatomy, self.whole, self.pace, self.settle = anatomy, whole, pace, settle
         self.gates, self.bank, self.text = gates, Bank(model), text_loss(bare(model))
         self.lesson: Lesson | None = taught[0] if taught else None
         self.teachers: Teachers | None = taught[1] if taught else None
@@ -96,7 +96,7 @@ class Learning(nn.Module):
         self.shown = ("sparsity", *(("teacher",) if taught else ()))
         course = "" if self.teachers is None else f"{self.lesson}, {self.teachers.course}, "
         aims = ", ".join(f"{aim.share:g} of {aim.name}" for aim in gates.aims)
-        self.__name__ = f"gates: {aims}, {course}{pace}, seed {seed}"
+        self.__name__ = f"gates: {aims}, {course}{pace}, seed {pace.seed}"
 
     def objective(self, rates: Rates) -> Objective:
         usual = {"betas": rates.betas, "constant": not rates.follow}
@@ -114,7 +114,7 @@ class Learning(nn.Module):
         self.seen += len(ids) * processes.count()
         step = seen // self.pace.batch
         if step < self.pace.anneal:
-            values, penalty, told = self._drawn(step, stream(self.seed, seen, ids.device))
+            values, penalty, told = self._drawn(step, stream(self.pace.seed, seen, ids.device))
         else:
             values, penalty, told = self._annealed(step)
         if self.teachers is None:

@@ -87,7 +87,7 @@ def learn(
     end elsewhere than at their aims, with the checkpoint kept, and what `train` raises.
     """
     anatomy, numbers = subject.anatomy, as_loop(settings, seed)
-    pace = pace_of(settings, numbers.steps(texts[0].ids.shape[1]))
+    pace = pace_of(settings, numbers.steps(texts[0].ids.shape[1]), seed)
     gates = LearnedGates(anatomy, target.units, aims_of(anatomy, target), seed=seed)
     model = _adapted(subject.model, settings, seed)
 
@@ -102,7 +102,6 @@ def learn(
         pace,
         taught=taught_by(settings, anatomy, target.share, folder),
         settle=settled,
-        seed=seed,
     )
     goal.live.rescale_norms = target.rescale_norms
     rates = Rates(settings.gate_rate, settings.multiplier_rate or pull_of(pace.steps), settings.follow)
@@ -181,7 +180,7 @@ def as_loop(settings: Learn, seed: int) -> TrainSettings:
     return replace(as_train(settings, seed), divergence=math.inf, skip=settings.skip)
 
 
-def pace_of(settings: Learn, steps: int) -> Pace:
+def pace_of(settings: Learn, steps: int, seed: int = 0) -> Pace:
     """Raises `SettingsError` when there is no step in which the sparsity rises, or none after it."""
     warm, anneal = round(settings.rise * steps), steps - round(settings.anneal * steps)
     if settings.rise and not 1 <= warm < anneal:
@@ -190,7 +189,7 @@ def pace_of(settings: Learn, steps: int) -> Pace:
             "at least one step of rising, and one after it before gates are annealed",
             "raise learn.tokens, or lower learn.rise or learn.anneal",
         )
-    return Pace(steps, settings.batch, RAMPS.get(settings.ramp), warm, anneal)
+    return Pace(steps, settings.batch, RAMPS.get(settings.ramp), warm, anneal, seed)
 
 
 def pull_of(steps: int) -> float:
