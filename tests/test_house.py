@@ -34,6 +34,7 @@ FLOORS = {
     **dict.fromkeys(
         ("foretold", "staged", "cut_checks", "recovery_checks", "plan_checks", "trials", "learn_checks", "learned"), 5
     ),
+    **dict.fromkeys(("level_checks", "levels", "trained"), 5),
     **dict.fromkeys(("", "__main__", "cli", "page", "door"), 6),
 }
 HOOKED = tuple(f"engines.{name}" for name in ("walk", "inputs", "gates", "head", "match"))

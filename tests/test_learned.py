@@ -155,7 +155,8 @@ def test_sheared_ends_with_exactly_the_shape(recipe: Make, tmp_path: Path) -> No
 def test_domains_are_balanced_while_gates_learn(recipe: Make, tmp_path: Path) -> None:
     """References are losses of the model as it was read, also those of the recovery that follows."""
     mixed = {"mixture": {"demo:squad": 1, "demo:coqa": 1}, "balance": "dynamic", "balance_every": 1920}
-    asked = recipe(learn={**mixed, "tolerance": 0.2, "tokens": 60 * 64}, recover={**mixed, "tokens": 2048, "block": 64, "balance_every": 1024})
+    after = {**mixed, "tokens": 2048, "block": 64, "balance_every": 1024}
+    asked = recipe(learn={**mixed, "tolerance": 0.2, "tokens": 60 * 64}, recover=after)
     report = walk(asked, tmp_path / "out")
     (first,), (second,) = ({row[key] for row in rows[-1:]} for rows, key in (
         (report.learning, "weight demo:squad"), (report.training, "weight demo:squad")))  # fmt: skip
@@ -193,7 +194,8 @@ def test_gates_that_do_not_arrive_cut_nothing(recipe: Make, tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore::regrow.errors.RegrowWarning")
 def test_uniform_and_annealed(recipe: Make, tmp_path: Path) -> None:
-    asked = recipe(uniform=True, divisors={"neuron": 8, "channel": 8}, learn={"anneal": 0.2, "tolerance": 0.3, "tokens": 80 * 64})
+    short = {"anneal": 0.2, "tolerance": 0.3, "tokens": 80 * 64}
+    asked = recipe(uniform=True, divisors={"neuron": 8, "channel": 8}, learn=short)
     report = walk(asked, tmp_path / "out")
     assert len({tuple(row) for row in report.shape["after"]["layers"]}) == 1
     assert report.model["holder"] in ("stock", "carrier")

@@ -43,6 +43,7 @@ from regrow.recipe_files import RECIPES, find_recipe, overlay, read_recipe, reci
 from regrow.search import candidates
 from regrow.settings import Recipe, parse
 from regrow.stages import recover as recovering
+from regrow.trained import recovered
 
 
 @pytest.fixture(autouse=True)
@@ -605,7 +606,7 @@ def test_a_start_that_differs_is_another_recovery(recipe: Make) -> None:
         subject = road.load(recipe().model)
         with torch.no_grad():
             subject.model.model.norm.weight[0] += nudge
-        folders.append(road._recovered(subject, asked, plan, None).work)
+        folders.append(recovered(subject, asked, plan, None).work)
     assert folders[0] != folders[1]
 
 

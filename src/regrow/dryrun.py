@@ -233,7 +233,8 @@ def sparse_rows(recipe: Recipe, anatomy: Anatomy, dense: Costs, gflops: float) -
     peak = 4 * dense.parameters + beyond
     read = asked.tokens if passes else 0
     more = sparse_flops(anatomy, method, tokens=read, leave=leave)
-    rows = [_row("sparsify and write", read, passes * dense.flops_per_token, peak, gflops, more)]
+    turns = 1 + len(recipe.sparsify.levels)
+    rows = [_row("sparsify and write", turns * read, passes * dense.flops_per_token, peak, gflops, turns * more)]
     how = ZERO_SPREADS.get(recipe.sparsify.spread)
     if how.sees == "inputs":
         wide = 4.0 * (dense.parameters + asked.tokens * anatomy.sizes["C"])

@@ -30,6 +30,7 @@ from regrow.errors import RegrowWarning, SettingsError, TextError
 from regrow.foretold import foretold_plan
 from regrow.kept import calibration
 from regrow.learn_checks import check_learn
+from regrow.level_checks import check_levels
 from regrow.plan_checks import warn_of_smaller
 from regrow.recovery import BASE, HELDOUT_TOKENS, KEEPS, KEEPS_CUT, Recover
 from regrow.recovery_checks import check_recovery
@@ -56,6 +57,7 @@ def check_words(recipe: Recipe) -> Wish | None:
         ZERO_SPREADS.get(recipe.sparsify.spread)
         sparsify.choose(recipe.sparsify)
     check_recovery(recipe)
+    check_levels(recipe)
     check_learn(recipe)
     return wish
 

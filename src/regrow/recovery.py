@@ -51,6 +51,12 @@ class Distil(Part):
         allow_inf_nan=False,
         description="of that comparison; null = in every pass as much as the loss has",
     )
+    lag: int | None = Field(
+        default=None,
+        ge=1,
+        description="of a model that grows sparse in levels: it learns from what it was so many of them before, and "
+        "from the teacher until there are as many; null = from the teacher always",
+    )
     teacher_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None,
         description="what the teacher computes in; null = as the run does, on a GPU as its files are stored",

@@ -10,13 +10,11 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from regrow import cache
 from regrow.artifacts.plan import Plan
@@ -30,40 +28,35 @@ from regrow.engines.clock import machine
 from regrow.engines.gates import Gates
 from regrow.engines.hetero import Holder, holder
 from regrow.engines.refit import refit, said
-from regrow.engines.resume import weights_fingerprint
-from regrow.engines.texts import fingerprint, unanswered
 from regrow.engines.trackers import keep_runs
-from regrow.engines.train_settings import FREE
 from regrow.engines.watch import TRACK, line
 from regrow.errors import RegrowWarning, SettingsError
-from regrow.kept import Progress, calibration, measured, read_by, scored, statistics
+from regrow.kept import Progress, calibration, measured, scored
 from regrow.learned import learned
+from regrow.levels import Levels, in_levels, one_track
 from regrow.plan_checks import check_planned
 from regrow.prepare import (
     as_wish,
-    calibrates,
     check,
     check_subject,
     fitted,
-    recovery_text,
     settled,
-    training_parts,
     with_method,
 )
 from regrow.recipe_files import dump
 from regrow.record import by_layer, known, made_by, notes_of_folder, origin_of, sparse_sizes, uneven, zeros_of
 from regrow.recovery import Recover
-from regrow.references import notes_of_text, with_references
+from regrow.references import with_references
 from regrow.search import Chosen, check_search, depths, search
-from regrow.settings import Calibration, Recipe
+from regrow.settings import Recipe
 from regrow.staged import left_by, staged
-from regrow.stages import sparsify
 from regrow.stages.apply import apply
 from regrow.stages.evaluate import evaluate, sizes, write_samples
 from regrow.stages.export import export
-from regrow.stages.load import load, read_teacher
+from regrow.stages.load import load
 from regrow.stages.plan import Wish, unprotected
-from regrow.stages.recover import Recovered, recover, stage_of, warning
+from regrow.stages.recover import Recovered, warning
+from regrow.trained import ALL, Trained, recovered
 
 LEARN_TRACK = "learn.jsonl"
 
@@ -109,14 +102,14 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
             done = _cut(subject, stays, wish, notes)
     if recipe.sparsify is not None:
         with clock.stage("sparsify") as record:
-            done = _sparse(subject, recipe, done.holder, record, progress)
-    trained: _Trained | None = None
+            levels = in_levels(subject, aimed, plan, record, progress)
+        done = _Done(done.holder, levels.notes, levels=levels)
+    trained: tuple[Trained, ...] = ()
     if recipe.recover and recipe.recover.tokens:
         done = _warned(subject, recipe, done)
         with clock.stage("recover") as record:
-            trained = _recovered(subject, aimed, plan, progress)
-            record["tokens"] = trained.found.training.tokens
-        done = replace(done, notes=(*done.notes, *trained.found.notes))
+            trained = _recovered(subject, aimed, plan, done.levels, record, progress)
+        done = replace(done, notes=(*done.notes, *trained[-1].found.notes))
     if not processes.first():
         return _by_the_first(out)
     with clock.stage("evaluate after"):
@@ -134,10 +127,10 @@ def run(recipe: Recipe, out: Path, *, page: Page, progress: Progress | None = No
         machine=machine(),
         notes=(*known(subject), *done.notes, *uneven(before, after)),
         stages=clock.stages,
-        training=() if trained is None else trained.found.training.losses,
+        training=one_track(trained),
         learning=stays.learning,
         search=None if stays.chosen is None else stays.chosen.record,
-        sparsity=by_layer(subject, kept, done.sparsified.errors if done.sparsified else {}),
+        sparsity=by_layer(subject, kept, done.levels.last.errors if done.levels else {}),
     )
     files = {"recipe.yaml": dump(recipe), "report.json": json.dumps(report.to_json(), indent=1)}
     files |= {**_tracks(report), **done.papers(kept)}
@@ -160,10 +153,25 @@ def _tracks(report: Report) -> dict[str, str]:
     return {name: "".join(map(line, rows)) for name, rows in tracks.items() if rows}
 
 
-def _tidy(recipe: Recipe, stays: _Stays, trained: _Trained | None, out: Path) -> None:
+def _recovered(
+    subject: Subject,
+    recipe: Recipe,
+    plan: Plan,
+    levels: Levels | None,
+    record: dict[str, Any],
+    progress: Progress | None,
+) -> tuple[Trained, ...]:
+    """The training that is left to do, after those between levels."""
+    before, teacher, turn = (levels.trained, levels.teacher, levels.turn) if levels else ((), None, ALL)
+    found = (*before, recovered(subject, recipe, plan, progress, teacher=teacher, turn=turn))
+    record["tokens"] = sum(training.found.training.tokens for training in found)
+    return found
+
+
+def _tidy(recipe: Recipe, stays: _Stays, trained: Sequence[Trained], out: Path) -> None:
     """Checkpoints go once the folder is whole, unless the training was left to be gone on with; trackers' runs stay."""
-    left = trained is not None and recipe.recover is not None and _left(recipe.recover, trained.found)
-    for work in (stays.work, None if left or trained is None else trained.work):
+    left = bool(trained) and recipe.recover is not None and _left(recipe.recover, trained[-1].found)
+    for work in (stays.work, *(None if left else training.work for training in trained)):
         if work is not None:
             keep_runs(work, out)
             cache.drop(work)
@@ -264,13 +272,13 @@ class _Done:
     holder: Holder
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
-    sparsified: sparsify.Sparsified | None = None
+    levels: Levels | None = None
 
     def papers(self, kept: Sparsity | None) -> dict[str, str]:
         """The files; where zeros lie is what was `kept` in the end, since training may have moved them."""
-        if self.sparsified is None or kept is None:
+        if self.levels is None or kept is None:
             return dict(self.files)
-        found = replace(self.sparsified, sparsity=kept)
+        found = replace(self.levels.last, sparsity=kept)
         return {**self.files, "sparsity.json": json.dumps(found.to_json(), indent=1)}
 
 
@@ -322,73 +330,3 @@ def _cut(subject: Subject, stays: _Stays, wish: Wish, said: Sequence[str]) -> _D
     if stays.chosen is not None:
         files["search.json"] = json.dumps(stays.chosen.record, indent=1)
     return _Done(cut.holder, tuple(notes), files)
-
-
-def _sparse(subject: Subject, recipe: Recipe, held: Holder, record: dict[str, Any], progress: Progress | None) -> _Done:
-    assert recipe.sparsify is not None
-    blocks = calibration(subject, recipe) if calibrates(recipe) else None
-    kept = statistics(subject, recipe) if calibrates(recipe) and recipe.sparsify.keep_statistics else None
-    record["cached"] = kept is not None and sparsify.reads_kept(recipe.sparsify, kept)
-    record["tokens"] = 0 if blocks is None else blocks.numel()
-    found = sparsify.apply(subject, recipe.sparsify, blocks, seed=recipe.seed, kept=kept, progress=progress)
-    spread = " on average over the layers" if len(set(found.patterns)) > 1 else ""
-    notes = (
-        f"{found.asked}{spread}; {100 * found.sparsity.share:.2f} % of the weights inside decoder layers are zero",
-        "zeros are stored as zeros: dense kernels gain nothing by them, and neither does the file",
-        *found.notes,
-        *_short(recipe.calibration, blocks),
-    )
-    return _Done(held, notes, sparsified=found)
-
-
-def _short(asked: Calibration, blocks: Tensor | None) -> tuple[str, ...]:
-    """A note where the text had fewer blocks (n, T) than were asked for, or none were read."""
-    if blocks is None:
-        unread = asked.text != Calibration().text
-        return ("the calibration text was not read: the method looks at weights alone",) if unread else ()
-    if blocks.numel() > asked.tokens - asked.block:
-        return ()
-    return (f"the text's calibration part filled {blocks.numel():,} of the {asked.tokens:,} tokens asked for",)
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """How a recovery went, and the folder of its checkpoints."""
-
-    found: Recovered
-    work: Path
-
-
-def _recovered(subject: Subject, recipe: Recipe, plan: Plan, progress: Progress | None) -> _Trained:
-    """Train the cut model, in a folder that nobody else trains in."""
-    asked = recipe.recover
-    assert asked is not None
-    teacher = read_teacher(recipe)
-    inputs = {
-        "model": subject.source["fingerprint"],
-        "weights": weights_fingerprint(subject.model),
-        "teacher": None if teacher is None else teacher.source["fingerprint"],
-        "plan": plan.to_json(),
-        "recover": asked.model_dump(exclude=set(FREE) - ({"evaluate_every"} if asked.patience else set())),
-        "sparsify": None if recipe.sparsify is None else recipe.sparsify.model_dump(mode="json"),
-        "calibration": read_by(recipe) if recipe.sparsify and calibrates(recipe) else None,
-        "code": cache.code(),
-        "seed": recipe.seed,
-        "dtype": recipe.dtype,
-    }
-    work = cache.cache_dir("recover", cache.key({**inputs, "text": [*map(fingerprint, asked.sources)]}))
-    blocks, heldout = (
-        recovery_text(subject, asked, part, count=count, seed=seed)
-        for part, count, seed in training_parts(asked, recipe.seed)
-    )
-    empty = sum(map(unanswered, asked.sources))  # now, while the text is surely there
-    recipe = with_references(recipe, subject, teacher)
-    asked = recipe.recover or asked
-    say = None if progress is None else lambda done, total, what: progress(stage_of(what), done, total)
-    with cache.held(work, "this recovery") if processes.first() else nullcontext():
-        found = recover(
-            subject, blocks, asked, folder=work, seed=recipe.seed, teacher=teacher, heldout=heldout, progress=say
-        )
-    if notes := notes_of_text(asked, blocks, empty, found):
-        found = replace(found, notes=(*found.notes, *notes))
-    return _Trained(found, work)

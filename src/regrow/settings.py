@@ -70,6 +70,10 @@ class Sparsify(Part):
         coerce_numbers_to_str=True,
         description="a percentage of zeros, or kept of every so many neighbours: 2:4, 2:8",
     )
+    levels: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = Field(
+        default=(),
+        description="patterns on the way to `pattern`: [50%, 60%]; each is followed by an equal part of the recovery",
+    )
     criterion: str = Field(
         default="sparsegpt", description="what scores a weight, or a solver that brings its own start; `regrow ls`"
     )

@@ -31,7 +31,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing long may begin before this input is refused."""
-    for what in ("measured", "calibration", "_sparse", "_recovered"):
+    for what in ("measured", "calibration", "in_levels", "_recovered"):
         monkeypatch.setattr(f"regrow.run.{what}", lambda *_, what=what, **__: pytest.fail(f"{what} was begun"))
 
 

@@ -504,7 +504,7 @@ def test_what_a_recovery_starts_from_is_in_its_key(
     short: Path, tale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     """Another text or teacher under the same name is no run to go on with."""
-    from regrow import run as module
+    from regrow import trained as module
     from regrow.artifacts.plan import Plan
     from regrow.settings import parse
     from regrow.stages.load import load
@@ -535,7 +535,7 @@ def test_what_a_recovery_starts_from_is_in_its_key(
     subject = load(str(short))
 
     def folder() -> Path:
-        return module._recovered(subject, recipe, Plan.everything(subject.anatomy), None).work
+        return module.recovered(subject, recipe, Plan.everything(subject.anatomy), None).work
 
     before = folder()
     assert folder() == before
