@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 from cutting import calibration
+from halves import Halves
 from ledger import Job, Ledger
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import Unit
@@ -35,7 +36,6 @@ from regrow.cache import cache_dir, drop
 from regrow.engines.bind import Subject, bind
 from regrow.engines.distil import FromTeacher
 from regrow.engines.objective import Loss, next_token
-from regrow.engines.perplexity import block_losses
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks
 from regrow.engines.train import train
@@ -69,8 +69,7 @@ def main() -> None:
 class Bench:
     def __init__(self) -> None:
         tokenizer = load(str(SPROUT)).tokenizer
-        held = blocks(documents("demo", "heldout"), tokenizer, block=256, tokens=32768, seed=0)
-        self.choosing, self.reported = held[::2], held[1::2]
+        self.halves = Halves(tokenizer)
         self.text = documents("demo", "recovery")
         self.tokenizer = tokenizer
         self.ledger = Ledger(
@@ -97,20 +96,14 @@ class Bench:
             *(self.longer("scratch", factor, seed) for seed in SEEDS for factor in FACTORS[1:]),
             *(self.longer(arm, factor, seed) for seed in SEEDS for factor in LONGER for arm in ("cut", "depth")),
         ]
-        return [job("dense", lambda: self.losses(load(str(SPROUT)).model)), *arms]
-
-    def losses(self, model: Any) -> dict[str, float]:
-        return {
-            "loss": float(block_losses(model, self.reported).mean()),
-            "chosen_by": float(block_losses(model, self.choosing).mean()),
-        }
+        return [job("dense", lambda: self.halves.losses(load(str(SPROUT)).model)), *arms]
 
     def arm(self, arm: str, rate: float, seed: int) -> Job:
         start, loss = ARMS[arm]
 
         def measure() -> dict[str, Any]:
             student = start(seed)
-            before = self.losses(student.model)["loss"]
+            before = self.halves.losses(student.model)["loss"]
             after = self.trained(student, loss, rate, seed, TOKENS)
             return {"before": before, **after, "parameters": student.model.num_parameters()}
 
@@ -120,7 +113,7 @@ class Bench:
         batch, sequence = pair
         return self.ledger.job(
             f"cut by ({batch}, {sequence}) seed {seed}",
-            lambda: self.losses(cut(seed, options={"batch": batch, "sequence": sequence}).model),
+            lambda: self.halves.losses(cut(seed, options={"batch": batch, "sequence": sequence}).model),
         )
 
     def shape(self, place: int, seed: int) -> Job:
@@ -130,7 +123,7 @@ class Bench:
             widths = candidates(seed)[place]
             found: dict[str, Any] = {"widths": dict(widths)}
             student = shaped(seed, widths)
-            found["as_cut"] = self.losses(student.model)["loss"]
+            found["as_cut"] = self.halves.losses(student.model)["loss"]
             found["parameters"] = student.model.num_parameters()
             found["short"] = self.trained(student, "forward-kl", FIXED, seed, TOKENS // SHORT, schedule="constant")[
                 "loss"
@@ -175,7 +168,7 @@ class Bench:
         folder = cache_dir("bench-ablations", f"{id(student)}-{torch.randint(2**62, ()).item()}")
         train(student.model, self.training(tokens, seed), settings, folder=folder, loss=goal, resume=False)
         drop(folder)
-        return {**self.losses(student.model), "tokens": tokens}
+        return {**self.halves.losses(student.model), "tokens": tokens}
 
     @cache  # noqa: B019
     def training(self, tokens: int, seed: int) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cutting import calibration
+from halves import Halves
 from ledger import Job, Ledger
 from regrow.artifacts.budget import Budget
 from regrow.artifacts.family import Unit
@@ -37,7 +38,6 @@ from regrow.engines.bind import Subject
 from regrow.engines.distil import FromTeacher
 from regrow.engines.objective import Loss, next_token
 from regrow.engines.packed import Packed
-from regrow.engines.perplexity import block_losses
 from regrow.engines.texts import documents
 from regrow.engines.tokens import blocks
 from regrow.engines.train import train
@@ -95,8 +95,7 @@ def main() -> None:
 class Bench:
     def __init__(self) -> None:
         self.tokenizer = load(str(SPROUT)).tokenizer
-        held = blocks(documents("demo", "heldout"), self.tokenizer, block=256, tokens=32768, seed=0)
-        self.choosing, self.reported = held[::2], held[1::2]
+        self.halves = Halves(self.tokenizer)
         self.text = documents("demo", "recovery")
         self.ledger = Ledger(
             "learn_ablations",
@@ -117,13 +116,7 @@ class Bench:
             for name in found
             for rate in RATES
         ]
-        return [self.ledger.job("dense", lambda: self.losses(load(str(SPROUT)).model)), *arms]
-
-    def losses(self, model: Any) -> dict[str, float]:
-        return {
-            "loss": float(block_losses(model, self.reported).mean()),
-            "chosen_by": float(block_losses(model, self.choosing).mean()),
-        }
+        return [self.ledger.job("dense", lambda: self.halves.losses(load(str(SPROUT)).model)), *arms]
 
     def arm(self, name: str, keep: int, rate: float, seed: int) -> Job:
         asked = {**ARMS, **ALSO}[name]
@@ -132,13 +125,13 @@ class Bench:
             wish = Wish(budget=Budget.parse(f"{keep}%"), axes=asked.axes, rescale_norms=asked.words is not None)
             begin: Callable[..., Subject] = self.by_scores if asked.words is None else self.by_gates
             subject = begin(asked, replace(wish, **(asked.wish or {})), rate, seed)
-            before, tokens = self.losses(subject.model)["loss"], RECOVER
+            before, tokens = self.halves.losses(subject.model)["loss"], RECOVER
             if asked.words is None:
                 tokens, after = LEARN + RECOVER, rate
             else:
                 after = AFTER
             self.trained(subject, asked.how, after, seed, tokens)
-            return {"before": before, **self.losses(subject.model), "parameters": subject.model.num_parameters()}
+            return {"before": before, **self.halves.losses(subject.model), "parameters": subject.model.num_parameters()}
 
         return self.ledger.job(f"{name} keep {keep} rate {rate:g} seed {seed}", measure)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 from render_distil import Rows, best, verdict
-from render_sparse import ratios, spread_of, table
+from render_sparse import answers, ratios, share, spread_of, table
 
 AGAINST = (
     ("numerous teachers are below the dense teacher", "numerous teachers", "dense teacher"),
@@ -71,6 +72,95 @@ def trends(rows: Rows, asked: dict[str, Any]) -> str:
     return table(heads, body) if body else ""
 
 
+def levels(data: dict[str, Any]) -> str:
+    rows, asked = data["rows"], data["settings"]
+    dense = rows.get("dense", {}).get("loss", float("nan"))
+    about = (
+        f"Sprout to 75 % zeros (SparseGPT), SPP on {asked['tokens']:,} tokens. Loss in nats on held-out demo text; "
+        f"dense {dense:.3f}. Each arm at the best of its rates ({', '.join(f'{rate:g}' for rate in asked['rates'])}), chosen "
+        "on the other half of that text; a seed counts once all of them were tried."
+    )
+    chosen = {name: best(rows, name, asked) for name in dict.fromkeys(k.partition(" rate ")[0] for k in rows)}
+    base = chosen.get("at once, dense teacher", {})
+    body = [
+        [
+            name,
+            ", ".join(dict.fromkeys(runs[seed]["rate"] for seed in sorted(runs))),
+            spread_of([row["loss"] for row in runs.values()], 3),
+            spread_of([runs[seed]["loss"] - base[seed]["loss"] for seed in runs if seed in base], 4),
+        ]
+        for name, runs in chosen.items()
+        if runs
+    ]
+    heads = ["arm", "rate", "loss", "above `at once, dense teacher`, same seed"]
+    claims = (
+        ("levels are below at once, dense teacher", "levels, dense teacher", "at once, dense teacher"),
+        ("numerous teachers are below the dense one, levels", "levels, numerous teachers", "levels, dense teacher"),
+    )
+    gaps = {
+        claim: [chosen[high][seed]["loss"] - chosen[low][seed]["loss"] for seed in chosen[low] if seed in chosen[high]]
+        for claim, low, high in claims
+        if low in chosen and high in chosen
+    }
+    said = [[claim, spread_of(found, 4), verdict(claim, found)] for claim, found in gaps.items() if found]
+    parts = [about] + ([table(heads, body)] if body else [])
+    more = ["what was asked", "by how much, same seed: mean ± standard deviation", "here"]
+    return "\n\n".join([*parts, table(more, said)] if said else parts)
+
+
+PAPER = {"80%": 97.17, "75%": 95.07}
+
+
+def smollm2(data: dict[str, Any]) -> str:
+    """What was kept of SmolLM2, three ways to say it, beside the paper's."""
+    rows, asked = data["rows"], data["settings"]
+    dense, tokens = rows["dense"], asked["tokens"]
+    about = (
+        f"SmolLM2, {tokens['learn'] + tokens['recover']:,} tokens of demo text an arm, equal recovery; `learned` "
+        f"spends {tokens['learn']:,} of them while gates learn. Perplexity of the dense model {dense['perplexity']:.2f}. "
+        "Retention over seven tasks: mean accuracy over the dense model's (raw, as the paper counts), the same above "
+        "chance, and gold-answer bits per byte (dense over cut). One run an arm; the paper cut LLaMA-7B.\n\n"
+    )
+    body = []
+    for key, row in rows.items():
+        arm, at, keep = key.partition(" at ")
+        if not at or keep not in asked["keeps"]:
+            continue
+        gone = ", ".join(f"{100 * share:.1f} % of {unit}s" for unit, share in row["gone"].items() if share)
+        body.append(
+            [
+                arm,
+                keep,
+                gone,
+                f"{row['perplexity']:.2f}",
+                f"{row['perplexity'] / dense['perplexity']:.2f}",
+                f"{row['heldout']:.3f}",
+                *retained(rows, key),
+                f"{PAPER[keep]:.2f}" if arm != "scores" else "-",
+            ]
+        )
+    heads = ["arm", "kept", "gone", "perplexity", "of dense", "held-out loss", "raw, %", "above chance, %"]
+    parts = [table([*heads, "gold bits, %", "paper (raw), %"], body)]
+    for keep in asked["keeps"]:
+        own = {key: row for key, row in rows.items() if key.startswith("dense") or f" at {keep}" in key}
+        if shown := answers(own, beside=f"scores at {keep}"):
+            parts.append(shown)
+    return about + "\n\n".join(parts)
+
+
+def retained(rows: Rows, name: str) -> list[str]:
+    """Raw, above chance, by gold bits; of models with all tasks of the dense one."""
+    asked = [key.removeprefix("dense: ") for key in rows if key.startswith("dense: ")]
+    pairs = [(rows[f"dense: {task}"], rows.get(f"{name}: {task}")) for task in asked]
+    if not pairs or any(cut is None for _, cut in pairs):
+        return ["-"] * 3
+    both = [(was, now) for was, now in pairs if now is not None]
+    before, after = (statistics.fmean(share(pair[i]) for pair in both) for i in (0, 1))
+    chance = statistics.fmean(was["chance"] for was, _ in both)
+    bits = [sum(sum(pair[i]["gold_bits"]) for pair in both) for i in (0, 1)]
+    return [f"{100 * x:.2f}" for x in (after / before, (after - chance) / (before - chance), bits[0] / bits[1])]
+
+
 def speed(data: dict[str, Any]) -> str:
     asked, rows = data["settings"], data["rows"]
     about = (
@@ -94,5 +184,7 @@ def speed(data: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "learn_ablations": ("Gates that learn, and their teachers", ablations),
+    "learn": ("Gates that learn on SmolLM2", smollm2),
+    "levels": ("Levels of zeros, and their teachers", levels),
     "learn_speed": ("Price of a step of gates", speed),
 }
