@@ -75,9 +75,10 @@ def trends(rows: Rows, asked: dict[str, Any]) -> str:
 def levels(data: dict[str, Any]) -> str:
     rows, asked = data["rows"], data["settings"]
     dense = rows.get("dense", {}).get("loss", float("nan"))
+    rates = ", ".join(f"{rate:g}" for rate in asked["rates"])
     about = (
         f"Sprout to 75 % zeros (SparseGPT), SPP on {asked['tokens']:,} tokens. Loss in nats on held-out demo text; "
-        f"dense {dense:.3f}. Each arm at the best of its rates ({', '.join(f'{rate:g}' for rate in asked['rates'])}), chosen "
+        f"dense {dense:.3f}. Each arm at the best of its rates ({rates}), chosen "
         "on the other half of that text; a seed counts once all of them were tried."
     )
     chosen = {name: best(rows, name, asked) for name in dict.fromkeys(k.partition(" rate ")[0] for k in rows)}
@@ -117,7 +118,7 @@ def smollm2(data: dict[str, Any]) -> str:
     dense, tokens = rows["dense"], asked["tokens"]
     about = (
         f"SmolLM2, {tokens['learn'] + tokens['recover']:,} tokens of demo text an arm, equal recovery; `learned` "
-        f"spends {tokens['learn']:,} of them while gates learn. Perplexity of the dense model {dense['perplexity']:.2f}. "
+        f"spends {tokens['learn']:,} of them while gates learn. Dense: {dense['perplexity']:.2f}. "
         "Retention over seven tasks: mean accuracy over the dense model's (raw, as the paper counts), the same above "
         "chance, and gold-answer bits per byte (dense over cut). One run an arm; the paper cut LLaMA-7B.\n\n"
     )
