@@ -15,6 +15,12 @@ AGAINST = (
     ("numerous teachers are below none", "numerous teachers", "no teacher"),
     ("learned gates are below Taylor, then LoRA", "numerous teachers", "Taylor, then LoRA"),
     ("learned gates are below activation, then distillation", "numerous teachers", "activation, then distillation"),
+    ("a start by scores is below an even one", "numerous teachers", "numerous teachers, even start"),
+    (
+        "multipliers that let go are below those that do not",
+        "numerous teachers, even start",
+        "numerous teachers, even start, no unwinding",
+    ),
     ("by gap is below by count", "numerous teachers by gap", "numerous teachers"),
     ("temperature 1 is below 2/3", "numerous teachers, temperature 1", "numerous teachers"),
 )

@@ -67,9 +67,7 @@ def linears(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if "proj" in name}
 
 
-def test_zeros_nest_and_teachers_are_what_it_was(
-    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zeros_nest_and_teachers_are_what_it_was(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the second level the dense model teaches, then what the first left, then what the second left."""
     seen: list[tuple[dict[str, Tensor], dict[str, Tensor], Turn]] = []
     plain = levels.recovered

@@ -286,7 +286,7 @@ def test_a_cache_that_was_deleted_is_no_loss(recipe: Make, tmp_path: Path, cache
 )
 def test_readings_are_kept_under_everything_they_hang_on(recipe: Make, change: dict[str, Any]) -> None:
     subject = road.load(recipe().model)
-    first, other, again = (road.statistics(subject, asked) for asked in (recipe(), recipe(**change), recipe()))
+    first, other, again = (kept.statistics(subject, asked) for asked in (recipe(), recipe(**change), recipe()))
     assert first.folder == again.folder != other.folder
 
 
@@ -294,9 +294,9 @@ def test_readings_serve_any_pattern_of_their_model(recipe: Make) -> None:
     subject = road.load(recipe().model)
     usual = {"keep": None, "sparsify": {"pattern": "2:4", "criterion": "sparsegpt"}}
     ways = ({}, {"sparsify": {"pattern": "50%"}}, {"sparsify": {"criterion": "wanda", "solver": ["refit"]}})
-    assert len({road.statistics(subject, recipe(**overlay(usual, way))).folder for way in ways}) == 1
+    assert len({kept.statistics(subject, recipe(**overlay(usual, way))).folder for way in ways}) == 1
     other = dataclasses.replace(subject, source={**subject.source, "fingerprint": "another"})
-    assert road.statistics(subject, recipe()).folder != road.statistics(other, recipe()).folder
+    assert kept.statistics(subject, recipe()).folder != kept.statistics(other, recipe()).folder
 
 
 # ---- interruptions

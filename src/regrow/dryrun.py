@@ -128,7 +128,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, shape: Shape, measured: int, gflops
         rows = [*cut_rows(recipe, anatomy, dense, cut, gflops)]
         rows[1:1] = [*asking_rows(recipe, anatomy, shape, gflops), before]
         rows[2:2] = search_rows(recipe, dense, cut, gflops) or learn_rows(recipe, anatomy, dense, gflops)
-        if recipe.learn is not None and recipe.learn.gates != "policy-gradient":
+        if recipe.learn is not None and not recipe.learn.scored:
             del rows[0]  # gates are the scores
     if trained is not None and trained.tokens:
         held = round(4 * TRAIN_COPIES.get(trained.method, 1.0) * cut.parameters)

@@ -18,14 +18,14 @@ from regrow.artifacts.family import Unit
 from regrow.artifacts.plan import Plan
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, count, even
-from regrow.engines import processes
+from regrow.engines import processes, resume
 from regrow.engines.bind import Subject
 from regrow.engines.learnable import SIZES
 from regrow.engines.numerous import Course
 from regrow.engines.texts import fingerprint
 from regrow.engines.train_settings import FREE
 from regrow.errors import SettingsError
-from regrow.kept import Progress, read_by, scored
+from regrow.kept import Progress, scored
 from regrow.prepare import recovery_text, training_parts
 from regrow.settings import Recipe
 from regrow.stages.learn import Learned, Target, learn, learn_by_masks
@@ -91,6 +91,8 @@ def learned(subject: Subject, recipe: Recipe, wish: Wish, progress: Progress | N
     target = target_of(subject.anatomy, recipe, wish)
     if asked.gates == "sheared" and wish.widths is None:
         wish = replace(wish, uniform=True)
+    if asked.scored:
+        target = replace(target, start=scored(subject, recipe, {}, progress))
     inputs = {
         "model": subject.source["fingerprint"],
         "learn": asked.model_dump(exclude=set(FREE)),
@@ -100,7 +102,7 @@ def learned(subject: Subject, recipe: Recipe, wish: Wish, progress: Progress | N
         "rescale_norms": recipe.rescale_norms,
         "code": cache.code(),
         "seed": recipe.seed,
-        "start": read_by(recipe) | {"criterion": recipe.criterion} if asked.gates == "policy-gradient" else None,
+        "start": {unit: resume.fingerprint(x) for unit, x in target.start.table.items()} if target.start else None,
         "text": [*map(fingerprint, asked.sources)],
     }
     work = cache.cache_dir("learn", cache.key(inputs))
@@ -115,7 +117,6 @@ def learned(subject: Subject, recipe: Recipe, wish: Wish, progress: Progress | N
         return planned(subject.anatomy, wish, scores, lost)
 
     if asked.gates == "policy-gradient":
-        target = replace(target, start=scored(subject, recipe, {}, progress))
         with cache.held(work, "these masks"):
             return learn_by_masks(subject, text, asked, target, settle, **where), work
     with cache.held(work, "this training of gates") if processes.first() else nullcontext():

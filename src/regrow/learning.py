@@ -76,6 +76,15 @@ class Learn(Recover):
         description="rate of the multipliers that pull to the size; null = NutePrune's 0.1, and as much more as there "
         "are fewer than 4,000 steps",
     )
+    start: Literal["scores", "even"] = Field(
+        default="scores",
+        description="where gates begin: the lower the score of a unit by `criterion`, the lower; or all alike, as "
+        "published",
+    )
+    unwind: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1,
+        description="share of its pull that a multiplier loses in a step in which its aim is passed; 0 as published",
+    )
     follow: bool = Field(default=False, description="these two rise and fall as that of the weights does")
     ramp: str = Field(default="linear", description="how the sparsity rises: linear or cubic; `regrow ls ramps`")
     rise: Share = Field(default=0.4, description="share of the steps in which it rises")
@@ -88,6 +97,11 @@ class Learn(Recover):
     skip: int = Field(default=10, ge=0, description="steps at most that may be left out for a loss that is not finite")
     masks: int = Field(default=2, ge=2, description="of policy-gradient: masks that are tried in a step")
     window: int = Field(default=5, ge=1, description="of policy-gradient: steps that the usual loss is a mean of")
+
+    @property
+    def scored(self) -> bool:
+        """Whether it begins after scores."""
+        return self.gates == "policy-gradient" or self.start == "scores"
 
     @field_validator("alpha")
     @classmethod

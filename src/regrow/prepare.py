@@ -301,7 +301,7 @@ def recovery_text(subject: Subject, asked: Recover, part: Part, *, count: int, s
 def calibrates(recipe: Recipe) -> bool:
     """Whether any stage reads the calibration text; a search judges by it, whatever the scores read."""
     always = recipe.refit is not None or recipe.search is not None
-    scored = recipe.learn is None or recipe.learn.gates == "policy-gradient"  # which begins after scores
+    scored = recipe.learn is None or recipe.learn.scored
     cutting = recipe.cuts and scored and (always or reads_text(chosen_criteria(recipe)))
     return cutting or (recipe.sparsify is not None and sparsify.reads_text(recipe.sparsify))
 

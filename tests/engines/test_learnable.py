@@ -12,7 +12,7 @@ from regrow.artifacts.family import Unit
 from regrow.engines.expected import dense_weights, expected_weights
 from regrow.engines.gates import gated
 from regrow.engines.hard_concrete import LIMIT
-from regrow.engines.learnable import Aim, LearnedGates, of_units, of_weights, opened, show
+from regrow.engines.learnable import Aim, LearnedGates, lower_by, of_units, of_weights, opened, show
 
 UNITS: tuple[Unit, ...] = ("layer", "group", "neuron", "channel")
 
@@ -175,3 +175,64 @@ def test_what_is_lost_is_a_share_of_the_weights() -> None:
     found = gates.missed()["weights"][0]
     expected = 1 - expected_weights(anatomy, gates.chances()).detach() / dense_weights(anatomy)
     assert found == pytest.approx(float(expected), abs=1e-6)
+
+
+# --- what is ours: a start by scores, and multipliers that let go
+
+
+def test_gates_begin_in_the_order_of_scores() -> None:
+    """By hand: three units 3, 1.5 and 0 below the usual start; in one order over layers, or in one a layer."""
+    scores = torch.tensor([[1.0, 5.0, 3.0]])
+    assert torch.equal(lower_by(scores, comparable=True), torch.tensor([[3.0, 0.0, 1.5]]))
+    rows = torch.tensor([[1.0, 2.0], [30.0, 20.0]])
+    assert torch.equal(lower_by(rows, comparable=False), torch.tensor([[3.0, 0.0], [0.0, 3.0]]))
+    torch.testing.assert_close(lower_by(rows, comparable=True), torch.tensor([[3.0, 2.0], [0.0, 1.0]]))
+    assert torch.equal(lower_by(torch.ones(1), comparable=True), torch.tensor([3.0]))
+    anatomy = anatomy_of(make("llama"))
+    aims = [of_weights(anatomy, 0.4)]
+    even = LearnedGates(anatomy, ("neuron", "group"), aims, seed=0)
+    lower = {"neuron": torch.rand(3, anatomy.sizes["F"])}
+    begun = LearnedGates(anatomy, ("neuron", "group"), aims, seed=0, lower=lower)
+    assert torch.equal(begun.a["neuron"], even.a["neuron"] - lower["neuron"])
+    assert torch.equal(begun.a["group"], even.a["group"])
+
+
+def test_a_multiplier_lets_go_only_where_its_aim_is_passed() -> None:
+    anatomy = anatomy_of(make("llama"))
+    gates = LearnedGates(anatomy, ("neuron",), [of_weights(anatomy, 0.2)], seed=0, unwind=0.1)
+    for pull, open_, left in ((-50.0, 4.0, -50.0), (-50.0, -4.0, -45.0), (50.0, 4.0, 45.0), (50.0, -4.0, 50.0)):
+        with torch.no_grad():
+            gates.multipliers[0] = torch.tensor([pull, 7.0])
+            gates.a["neuron"].fill_(open_)
+        gates.let_go(gates.chances(), 1.0)
+        assert gates.multipliers[0].tolist() == [pytest.approx(left), 7.0]
+    published = LearnedGates(anatomy, ("neuron",), [of_weights(anatomy, 0.2)], seed=0)
+    with torch.no_grad():
+        published.multipliers[0] = torch.tensor([-50.0, 7.0])
+        published.a["neuron"].fill_(-4.0)
+    published.let_go(published.chances(), 1.0)
+    assert published.multipliers[0].tolist() == [-50.0, 7.0]
+
+
+def test_a_pull_that_went_on_for_long_does_not_carry_gates_away() -> None:
+    """A task that holds gates until the pull is strong, and then lets them: how far the aim is passed at most."""
+    anatomy = anatomy_of(make("llama"))
+
+    def worst(unwind: float) -> float:
+        gates = LearnedGates(anatomy, ("neuron",), [of_weights(anatomy, 0.2)], seed=0, unwind=unwind)
+        slow = torch.optim.Adam(gates.a.values(), lr=0.05)
+        fast = torch.optim.Adam([gates.multipliers], lr=1.0, maximize=True)
+        passed = 0.0
+        for _ in range(300):
+            gates.clamp()
+            chances = gates.chances()
+            gates.let_go(chances, 1.0)
+            penalty, told = gates.penalty(chances, 1.0)
+            (penalty - 20 * chances["neuron"].mean()).backward()
+            for optimizer in (slow, fast):
+                optimizer.step()
+                optimizer.zero_grad()
+            passed = max(passed, float(told["sparsity"]) - 0.2)
+        return passed
+
+    assert worst(0.1) < 0.6 * worst(0.0)

@@ -1,7 +1,8 @@
 """Gates of a model as parameters: drawn anew in every pass, pulled to a size by multipliers, settled in the end.
 
 Each unit has one free scalar (`engines.hard_concrete`). For every aim two multipliers climb while it is missed, so
-that missing it costs more and more (NutePrune with one aim, Sheared LLaMA with one for each kind of unit).
+that missing it costs more and more (NutePrune with one aim, Sheared LLaMA with one for each kind of unit). A pull that
+went on for long would carry gates far past their aim: a multiplier lets go by and by where its aim is passed.
 What this gives up: aims that are not shares of what the model has.
 """
 
@@ -29,6 +30,7 @@ SIZES: dict[Unit, tuple[str, ...]] = {
 }
 START = hard_concrete.logit(0.99)  # where gates begin, with noise that breaks ties
 NOISE = 0.01
+LOWER = 3.0  # how far below that a unit with the lowest score begins, where there are scores
 
 Values = Mapping[Unit, Tensor]
 
@@ -56,16 +58,30 @@ def of_units(unit: Unit, share: float) -> Aim:
 class LearnedGates(nn.Module):
     """`a`: a free scalar a unit of each kind in `units`, fp32. `multipliers` (aims, 2) fp32 climb.
 
+    `lower`: how far below the usual start gates begin, shaped as `a`. `unwind`: the share of its pull that a multiplier
+    loses in a step in which its aim is passed.
     From arXiv:2402.09773, 3.1, and arXiv:2310.06694, 2.1; with groups for heads where heads share keys and values.
+    Neither has a start by scores, nor multipliers that let go (the reset of integrators in control).
     """
 
-    def __init__(self, anatomy: Anatomy, units: Sequence[Unit], aims: Sequence[Aim], *, seed: int) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        units: Sequence[Unit],
+        aims: Sequence[Aim],
+        *,
+        seed: int,
+        lower: Values | None = None,
+        unwind: float = 0.0,
+    ) -> None:
         super().__init__()
         source = torch.Generator().manual_seed(seed)
-        self.aims = tuple(aims)
+        self.aims, self.unwind = tuple(aims), unwind
         sizes = {unit: [anatomy.sizes[size] for size in SIZES[unit]] for unit in units}
         drawn = {unit: START + NOISE * torch.randn(size, generator=source) for unit, size in sizes.items()}
-        self.a = nn.ParameterDict(drawn)
+        self.a = nn.ParameterDict(
+            {unit: a - lower[unit] if lower and unit in lower else a for unit, a in drawn.items()}
+        )
         self.multipliers = nn.Parameter(torch.zeros(len(aims), 2))
 
     @torch.no_grad()
@@ -108,6 +124,15 @@ class LearnedGates(nn.Module):
         return total, told
 
     @torch.no_grad()
+    def let_go(self, chances: Chances, risen: float) -> None:
+        """Weaken first multipliers that pull away from their aim; once a step. Without it they would climb down no
+        faster than they climbed up."""
+        for aim, pair in zip(self.aims, self.multipliers, strict=True):
+            apart = (aim.lost(chances).float() - risen * aim.share).mean()
+            if pair[0] * apart < 0:
+                pair[0] *= 1 - self.unwind
+
+    @torch.no_grad()
     def missed(self) -> dict[str, tuple[float, float]]:
         """Of each aim what is lost on average now and what is to be."""
         self.clamp()
@@ -117,6 +142,14 @@ class LearnedGates(nn.Module):
     def values(self) -> list[tuple[Unit, Tensor]]:
         """The free scalars of each kind of unit."""
         return [(unit, self.a[unit]) for unit in SIZES if unit in self.a]
+
+
+def lower_by(scores: Tensor, *, comparable: bool) -> Tensor:
+    """How far below the usual start units begin, by the order of their scores, (layers, n) or (n,): the best at it, the
+    worst `LOWER` below; in one order over all layers where scores are `comparable`, else in one a layer."""
+    rows = scores.float().reshape(1, -1) if comparable else scores.float().reshape(-1, scores.shape[-1])
+    places = rows.argsort(-1).argsort(-1).float()  # 0 = the lowest
+    return (LOWER * (1 - places / max(1, rows.shape[-1] - 1))).reshape(scores.shape)
 
 
 def kept_by(anatomy: Anatomy, plan: Plan, units: Sequence[Unit]) -> Values:

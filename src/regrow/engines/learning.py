@@ -114,7 +114,8 @@ class Learning(nn.Module):
         self.seen += len(ids) * processes.count()
         step = seen // self.pace.batch
         if step < self.pace.anneal:
-            values, penalty, told = self._drawn(step, stream(self.pace.seed, seen, ids.device))
+            first = seen % self.pace.batch == 0
+            values, penalty, told = self._drawn(step, stream(self.pace.seed, seen, ids.device), first=first)
         else:
             values, penalty, told = self._annealed(step)
         if self.teachers is None:
@@ -127,11 +128,13 @@ class Learning(nn.Module):
             self._remember(self.teachers, float(told["sparsity"]), parts, self.pace.steps - step)
         return loss + penalty, {**parts, **told}
 
-    def _drawn(self, step: int, source: torch.Generator) -> tuple[Values, Tensor, Told]:
-        """Gates of a pass, and what their size costs."""
+    def _drawn(self, step: int, source: torch.Generator, *, first: bool) -> tuple[Values, Tensor, Told]:
+        """Gates of a pass, and what their size costs; `first` of its step."""
         self.gates.clamp()
-        chances = self.gates.chances()
-        penalty, told = self.gates.penalty(chances, risen := self.pace.risen(step))
+        chances, risen = self.gates.chances(), self.pace.risen(step)
+        if first:
+            self.gates.let_go(chances, risen)
+        penalty, told = self.gates.penalty(chances, risen)
         with torch.no_grad():
             sparsity = self.whole.lost(chances).float()
         asked = torch.full_like(sparsity, risen * self.whole.share)

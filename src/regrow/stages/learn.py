@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regrow.artifacts.family import Unit
 from regrow.artifacts.goal import DIVERGENCES, LIKENESSES
@@ -28,7 +29,7 @@ from regrow.engines.banks import Shelf
 from regrow.engines.bind import Subject
 from regrow.engines.gates import Gates, from_plan, gated
 from regrow.engines.hard_concrete import LIMIT
-from regrow.engines.learnable import Aim, LearnedGates, of_units, of_weights, opened
+from regrow.engines.learnable import SIZES, Aim, LearnedGates, lower_by, of_units, of_weights, opened
 from regrow.engines.learning import Learning, Pace, Rates
 from regrow.engines.lesson import FINAL, Lesson
 from regrow.engines.numerous import Course, Teachers
@@ -55,7 +56,7 @@ class Target:
     units: tuple[Unit, ...]
     widths: Mapping[Unit, float] | None = None  # unit -> share of each layer's, or of the model's
     rescale_norms: bool = False  # norms keep statistics over the whole width
-    start: Scores | None = None  # of policy-gradient: what its chances begin after
+    start: Scores | None = None  # what gates or chances begin after; None: gates begin alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ def learn(
     """
     anatomy, numbers = subject.anatomy, as_loop(settings, seed)
     pace = pace_of(settings, numbers.steps(texts[0].ids.shape[1]), seed)
-    gates = LearnedGates(anatomy, target.units, aims_of(anatomy, target), seed=seed)
+    aims, lower = aims_of(anatomy, target), None if target.start is None else lowered(anatomy, target.start)
+    gates = LearnedGates(anatomy, target.units, aims, seed=seed, lower=lower, unwind=settings.unwind)
     model = _adapted(subject.model, settings, seed)
 
     def settled() -> Plan:
@@ -212,6 +214,16 @@ def aims_of(anatomy: Anatomy, target: Target) -> list[Aim]:
     if target.widths is None:
         return [of_weights(anatomy, target.share)]
     return [of_units(unit, share) for unit, share in target.widths.items()]
+
+
+def lowered(anatomy: Anatomy, scores: Scores) -> dict[Unit, Tensor]:
+    """How far below the usual start units of each kind begin; scores of runs of layers say nothing of one."""
+    known = scores.made_by["criteria"]
+    return {
+        unit: lower_by(values, comparable=known[unit]["comparable"])
+        for unit, values in scores.table.items()
+        if list(values.shape) == [anatomy.sizes[size] for size in SIZES[unit]]
+    }
 
 
 def taught_by(settings: Learn, anatomy: Anatomy, share: float, folder: Path) -> tuple[Lesson, Teachers] | None:
