@@ -60,7 +60,9 @@ class Learn(Recover):
     records: Literal["memory", "disk"] = Field(default="memory", description="where records are kept")
     most_records: int = Field(default=200, ge=1, description="more of them are refused: each has gates and adapters")
     logits: Positive = Field(
-        default=22.8, description="weight of the loss of predictions, a token on average (NutePrune's at 512 tokens)"
+        default=51.2,
+        description="weight of the loss of predictions, a token on average (NutePrune's at 512 tokens), which has the "
+        "temperature squared in it",
     )
     hidden: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.9, description="weight of the comparison of states, summed over blocks"

@@ -27,6 +27,7 @@ from regrow.engines.lesson import Lesson
 from regrow.engines.numerous import Course, Teachers
 from regrow.engines.surgery import slice_model
 from regrow.engines.train import train
+from regrow.learning import Learn
 
 UNITS: tuple[Unit, ...] = ("group", "neuron", "channel")
 KL, MSE = DIVERGENCES.get("forward-kl"), LIKENESSES.get("mse")
@@ -321,3 +322,17 @@ def test_other_families(kind: str) -> None:
     for unit, a in goal.gates.a.items():
         assert a.grad is not None, unit
         assert a.grad.abs().sum() > 0, unit
+
+
+def test_the_weight_of_the_divergence_is_the_published_one() -> None:
+    """NutePrune: 0.1 times the temperature squared times the KL summed over tokens, over the sequences of a batch."""
+    source = torch.Generator().manual_seed(0)
+    batch, block, words, temperature = 2, 512, 7, 2 / 3
+    teacher, student = (torch.randn(batch * block, words, generator=source) for _ in range(2))
+    theirs, ours = (torch.log_softmax(logits / temperature, -1) for logits in (teacher, student))
+    published = 0.1 * temperature**2 * (theirs.exp() * (theirs - ours)).sum() / batch
+    forward = DIVERGENCES.get("forward-kl")
+    lesson = Lesson(forward, LIKENESSES.get("mse"), {"temperature": temperature})
+    found = lesson.logits * forward.measure(teacher, student, **lesson.options).mean()
+    torch.testing.assert_close(found, published, rtol=1e-5, atol=0)
+    assert Learn().logits == lesson.logits

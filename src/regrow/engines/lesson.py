@@ -28,7 +28,7 @@ class Lesson:
     divergence: Divergence
     likeness: Likeness
     options: Mapping[str, Any] = field(default_factory=dict)
-    logits: float = 22.8
+    logits: float = 51.2
     hidden: float = 0.9
     places: tuple[int, ...] = ()
     text: float = 0.0
