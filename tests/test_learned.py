@@ -19,7 +19,7 @@ from regrow.artifacts.budget import Budget
 from regrow.artifacts.scores import Scores
 from regrow.artifacts.shape import Anatomy, count
 from regrow.errors import BudgetError, RegrowError, RegrowWarning, SettingsError, UnknownName
-from regrow.learned import planned, target_of
+from regrow.learned import learned, planned, target_of
 from regrow.prepare import as_wish, check_words
 from regrow.recipe_files import overlay
 from regrow.settings import Recipe, parse
@@ -93,6 +93,7 @@ def test_from_gates_to_a_smaller_model(recipe: Make, tmp_path: Path) -> None:
         k for row in report.learning for k in row
     }
     assert any("masked and sliced logits" in note for note in report.notes)
+    assert any("begun in the order of taylor-second, learned over" in note for note in report.notes)
     assert any("sparsity 0." in what and "teacher 0." in what for what in said)
     lines = (tmp_path / "out" / "learn.jsonl").read_text().splitlines()
     assert [json.loads(x) for x in lines] == list(report.learning)
@@ -193,10 +194,32 @@ def test_gates_that_do_not_arrive_cut_nothing(recipe: Make, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore::regrow.errors.RegrowWarning")
+def test_what_gates_begin_after_is_in_their_key(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another criterion, or other text that scores are read from, is no training to go on with."""
+    subject, few = road.load(recipe().model), {"calibration": {"tokens": 256, "block": 64}}
+    monkeypatch.setattr("regrow.learned.learn", lambda *_, **more: more["folder"])
+
+    def folder(**changes: Any) -> Any:
+        asked = recipe(**overlay(few, changes))
+        wish = as_wish(asked)
+        assert wish is not None
+        return learned(subject, asked, wish, None)[1]
+
+    usual = folder()
+    assert folder() == usual
+    assert folder(criterion="magnitude") != usual
+    assert folder(calibration={"tokens": 512}) != usual
+    even = folder(learn={"start": "even"})
+    assert even != usual
+    assert folder(learn={"start": "even"}, criterion="magnitude") == even
+
+
+@pytest.mark.filterwarnings("ignore::regrow.errors.RegrowWarning")
 def test_uniform_and_annealed(recipe: Make, tmp_path: Path) -> None:
     short = {"anneal": 0.2, "tolerance": 0.3, "tokens": 80 * 64}
-    asked = recipe(uniform=True, divisors={"neuron": 8, "channel": 8}, learn=short)
+    asked = recipe(uniform=True, divisors={"neuron": 8, "channel": 8}, learn={**short, "start": "even"})
     report = walk(asked, tmp_path / "out")
+    assert any("gates (hard-concrete) learned over" in note for note in report.notes)
     assert len({tuple(row) for row in report.shape["after"]["layers"]}) == 1
     assert report.model["holder"] in ("stock", "carrier")
 

@@ -122,7 +122,7 @@ def learn(
     plan = goal.plan or settled()
     open_gates = opened(anatomy, goal.kept(plan, goal.hardened), rescale_norms=target.rescale_norms)
     subject.model = merge(model) if settings.method == "lora" else model.requires_grad_(True).eval()
-    return Learned(plan, open_gates, scores_of(gates), result, notes_of(gates, settings, result))
+    return Learned(plan, open_gates, scores_of(gates), result, notes_of(gates, settings, result, target.start))
 
 
 def _adapted(model: Any, settings: Learn, seed: int) -> Any:
@@ -284,9 +284,11 @@ def check_reached(gates: LearnedGates, settings: Learn, result: TrainResult) -> 
         )
 
 
-def notes_of(gates: LearnedGates, settings: Learn, result: TrainResult) -> tuple[str, ...]:
+def notes_of(gates: LearnedGates, settings: Learn, result: TrainResult, start: Scores | None) -> tuple[str, ...]:
     parts = [f"{100 * found:.1f} % of {name}" for name, (found, _) in gates.missed().items()]
-    notes = [f"gates ({settings.gates}) learned over {result.tokens:,} tokens to let go of {', '.join(parts)}"]
+    names = sorted({row["name"] for row in start.made_by["criteria"].values()}) if start else []
+    begun = f", begun in the order of {' and '.join(names)}," if names else ""
+    notes = [f"gates ({settings.gates}){begun} learned over {result.tokens:,} tokens to let go of {', '.join(parts)}"]
     if skipped := int(result.losses[-1].get("skipped", 0)) if result.losses else 0:
         notes.append(f"{skipped} of {result.steps} steps were left out: their loss or gradient was not finite")
     return tuple(notes)
