@@ -16,7 +16,7 @@ import regrow.levels as levels
 import regrow.run as road
 from regrow.engines.distil import Teacher
 from regrow.engines.packed import Packed
-from regrow.errors import SettingsError
+from regrow.errors import OutputError, SettingsError
 from regrow.levels import Past, one_track
 from regrow.prepare import check_words
 from regrow.recipe_files import overlay
@@ -138,9 +138,15 @@ def test_the_past_keeps_no_more_than_it_needs(recipe: Make, tmp_path: Path) -> N
     model = load(recipe().model).model
     for level in range(4):
         past.remember(model)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
+        assert sorted(path.name for path in tmp_path.glob("level-*")) == [
             f"level-{i}.safetensors" for i in range(max(0, level - 1), level + 1)
         ]
+
+
+def test_no_room_for_the_past(recipe: Make, tmp_path: Path) -> None:
+    model = load(recipe().model).model
+    with pytest.raises(OutputError, match="after level 1 cannot be written"):
+        Past(recipe(), 1, tmp_path / "gone").remember(model)
 
 
 def test_one_track_goes_on_counting() -> None:

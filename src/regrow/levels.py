@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regrow import cache
 from regrow.artifacts.plan import Plan
+from regrow.engines import processes
 from regrow.engines.bind import Subject
 from regrow.engines.distil import Teacher
 from regrow.engines.resume import weights_fingerprint
+from regrow.errors import OutputError
 from regrow.kept import Progress, calibration, statistics
 from regrow.prepare import calibrates
 from regrow.settings import Calibration, Recipe
@@ -72,8 +74,9 @@ def in_levels(
         return sparse(subject, recipe, record, progress)
     assert training is not None
     patterns, trained, teacher = (*asked.levels, asked.pattern), list[Trained](), None
-    with TemporaryDirectory(dir=cache.cache_dir("levels")) as folder:
-        past = None if training.distil.lag is None else Past(recipe, training.distil.lag, Path(folder))
+    folder = cache.cache_dir("levels", f"{_key(subject, recipe)}-{processes.rank()}")
+    with cache.held(folder, "these levels"):
+        past = None if training.distil.lag is None else Past(recipe, training.distil.lag, folder)
         for turn, pattern in enumerate(patterns):
             own, say = at_level(recipe, turn), None if progress is None else saying(pattern, progress)
             found = sparse(subject, own, record, say)
@@ -82,6 +85,7 @@ def in_levels(
                 trained.append(recovered(subject, own, plan, say, teacher=teacher, turn=Turn(turn, len(patterns))))
                 if past is not None:
                     past.remember(subject.model)
+    cache.drop(folder)
     who = f", taught by what it was {past.lag} before" if past else ""
     said = f"zeros came in {len(patterns)} levels ({', '.join(patterns)}), each with as much of the recovery{who}"
     return replace(
@@ -91,6 +95,11 @@ def in_levels(
         teacher=teacher,
         turn=Turn(len(patterns) - 1, len(patterns)),
     )
+
+
+def _key(subject: Subject, recipe: Recipe) -> str:
+    """Of a folder that what was interrupted leaves, and what goes on takes over."""
+    return cache.key({"model": subject.source["fingerprint"], "recipe": recipe.model_dump(mode="json")})
 
 
 def at_level(recipe: Recipe, turn: int) -> Recipe:
