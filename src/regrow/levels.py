@@ -132,9 +132,16 @@ class Past:
         return self.known
 
     def remember(self, model: Any) -> None:
-        save_file(
-            {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}, self._file(self.levels)
-        )
+        """Raises `OutputError` when it cannot be written."""
+        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+        try:
+            save_file(weights, self._file(self.levels))
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"what the model is after level {self.levels + 1} cannot be written to {self.folder}: {error}",
+                f"room for {self.lag + 1} copies of its weights",
+                "free some, and give the same command again; trainings that were whole are not done again",
+            ) from error
         if self.levels >= self.lag:
             self._file(self.levels - self.lag).unlink()
         self.levels += 1
