@@ -6,10 +6,10 @@ Sprout (1.4 million parameters) loses 20, 35 and 50 % of its decoder weights. Ev
 text: gates learn on the first 153,600 of them (600 steps of 2 x 128) with LoRA, and the cut model learns from the dense
 one on the rest (all weights, forward KL, rate 1e-3, 4 x 128 a step); what is cut by scores recovers on all of them.
 Gates begin in the order of Taylor scores (second order), as in the recipe; two arms have them begin alike, and one cuts
-channels alone, with LoRA behind their writers (as PAT does, nearly). Every arm tries the same three rates, of what learns beside
-the gates or of the recovery; the one with the lowest loss on the first half of the held-out text is taken, and the loss
-on the other half is reported. A seed is one of what is drawn, of the order of training and of calibration. Several
-processes may work on it, and it goes on after an interruption.
+channels alone, with LoRA behind their writers (as PAT does, nearly). Every arm tries the same three rates, of what
+learns beside the gates or of the recovery; the one with the lowest loss on the first half of the held-out text is
+taken, and the loss on the other half is reported. A seed is one of what is drawn, of the order of training and of
+calibration. Several processes may work on it, and it goes on after an interruption.
 """
 
 from __future__ import annotations
