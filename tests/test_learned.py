@@ -333,8 +333,8 @@ def test_too_few_steps_are_warned_of(recipe: Make) -> None:
 
 
 def test_a_short_training_pulls_harder() -> None:
-    assert pull_of(7000) == pull_of(4000) == 0.1
-    assert pull_of(400) == pytest.approx(1.0)
+    assert pull_of(20_000) == pull_of(12_000) == 0.1
+    assert pull_of(1200) == pytest.approx(1.0)
 
 
 def test_more_records_than_are_allowed() -> None:

@@ -76,7 +76,7 @@ class Learn(Recover):
     multiplier_rate: Positive | None = Field(
         default=None,
         description="rate of the multipliers that pull to the size; null = NutePrune's 0.1, and as much more as there "
-        "are fewer than 4,000 steps",
+        "are fewer than 12,000 steps",
     )
     start: Literal["scores", "even"] = Field(
         default="scores",

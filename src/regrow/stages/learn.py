@@ -44,7 +44,7 @@ Progress = Callable[[int, int, str], None]
 Settle = Callable[[Scores, Mapping[Unit, float]], Plan]
 """(the gates' scalars as scores, the share that each kind of unit loses) -> the plan of that."""
 
-PULL, USUAL = 0.1, 4000  # NutePrune's rate of multipliers, and fewer steps than it has
+PULL, USUAL = 0.1, 12_000  # NutePrune's rate of multipliers, and more steps than it has: they let go in time
 CLIMB = 2.0  # how often gates could cross their whole range in the steps there are; with less they are warned of
 
 
