@@ -1,7 +1,7 @@
 """Zeros in what stays: at once, or in levels with a share of the recovery after each, taught by what the model was.
 
 A model that grows sparse in levels is, some levels back, a teacher that its student can still follow, as NutePrune's
-are to gates that learn (arXiv:2402.09773, section 3.3). Levels nest: what was zero stays zero.
+are to gates that learn (arXiv:2402.09773, 3.2). Levels nest: what was zero stays zero.
 What this gives up: teachers within a level; each is a file, and one model in memory speaks for all of them.
 """
 
