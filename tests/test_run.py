@@ -817,11 +817,9 @@ def test_every_recipe_parses_and_dry_runs(
     layer = dense["decoder_weights"] / (6 if size == "small" else 32)
     assert target - layer < cut["decoder_weights"] <= target
     searched = ["score shapes", "train the best"] if found.search else []
-    scored = ["score"]
-    if found.learn is not None:  # gates are the scores, but for masks, which begin after some
-        alone = found.learn.gates == "policy-gradient"
-        scored, searched = (["score"], ["try masks"]) if alone else ([], ["learn"])
-    assert names == [*scored, "measure before", *searched, "cut and write", "recover", "measure after"]
+    if found.learn is not None:
+        searched = ["try masks"] if found.learn.gates == "policy-gradient" else ["learn"]
+    assert names == ["score", "measure before", *searched, "cut and write", "recover", "measure after"]
 
 
 def test_a_dry_run_by_hand(tmp_path: Path) -> None:
