@@ -50,7 +50,6 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
             "recover": {**RECOVERY, "tokens": LEARN + RECOVER},
         },
     ),
-    "learned, all channels stay": ("nuteprune", {**GATES, "axes": ["neuron", "group"]}),
 }  # fmt: skip
 """A recipe that is built in, or none, and what is laid over it."""
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -81,8 +80,7 @@ class Bench:
 
     def jobs(self) -> list[Job]:
         """In the order of their worth."""
-        first, second, third = ARMS
-        asked = [(arm, keep) for keep in KEEPS for arm in (first, second)] + [(third, keep) for keep in KEEPS]
+        asked = [(arm, keep) for keep in KEEPS for arm in ARMS]
         found = [self.ledger.job("dense", lambda: self.losses(load("demo")))]
         for arm, keep in asked:
             found.append(self.ledger.job(f"{arm} at {keep}", partial(self.reach, arm, keep)))
