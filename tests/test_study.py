@@ -199,7 +199,7 @@ HERE = studies._sign(0)
     [
         ({"process": 2**22 + 1}, True),
         ({"began": "long ago"}, True),
-        ({"place": "elsewhere", "at": HERE["at"] - 2 * studies.QUIET}, True),
+        ({"place": "elsewhere", "at": 0.0}, True),
         ({"place": "elsewhere", "process": 2**22 + 1}, False),
         ({"process": os.getppid(), "began": studies._began(os.getppid())}, False),
         ({}, True),
@@ -209,9 +209,9 @@ HERE = studies._sign(0)
 def test_what_the_dead_had_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: dict[str, Any], taken: bool
 ) -> None:
-    study = Study(str(tmp_path / "journal"), "a")
+    study, now = Study(str(tmp_path / "journal"), "a"), studies._sign(0)
     with monkeypatch.context() as then:
-        then.setattr(studies, "_sign", lambda _: {**HERE, **worker})
+        then.setattr(studies, "_sign", lambda _: {**now, **worker})
         assert study._claim(POINTS[0]) is not None
     assert (study._claimed(POINTS[:1]) is not None) == taken
 
