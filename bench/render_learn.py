@@ -123,7 +123,7 @@ def smollm2(data: dict[str, Any]) -> str:
     rows, asked = data["rows"], data["settings"]
     dense, tokens = rows["dense"], asked["tokens"]
     about = (
-        f"SmolLM2, {tokens['learn'] + tokens['recover']:,} tokens of demo text an arm, equal recovery; `learned` "
+        f"SmolLM2, {tokens['learn'] + tokens['recover']:,} tokens of demo text an arm, which recover alike; `learned` "
         f"spends {tokens['learn']:,} of them while gates learn. Dense: {dense['perplexity']:.2f}. "
         "Retention over seven tasks: mean accuracy over the dense model's (raw, as the paper counts), the same above "
         "chance, and gold-answer bits per byte (dense over cut). One run an arm; the paper cut LLaMA-7B.\n\n"
