@@ -5,9 +5,9 @@
 Every arm is `regrow run` and reads 401,408 tokens of demo text. `learned` is recipe nuteprune with 204,800 tokens while
 gates learn (800 steps of 2 x 128), and then a recovery of the rest. `scores` is the best one-shot way of
 `bench/distil.py`: Taylor (second order), neurons, ends kept whole, what reads them refitted; all tokens are recovery.
-`learned on 512` has 600 steps of 1 x 512 and a recovery of what is left: attention is worth little on short text. It
-was added when `learned` was seen to be as good as `scores` on held-out demo text in blocks of 128, and worse in longer.
-Both recover alike: all weights, forward KL from the dense model, 1,024 tokens a step, the rate that `bench/distil.py`
+`learned on 512` has 600 steps of 1 x 512 and a recovery of what is left. It was added when `learned` was seen (by hand,
+on held-out demo text) to equal `scores` in blocks of 128 and to be worse in longer ones: is its text too short?
+All recover alike: all weights, forward KL from the dense model, 1,024 tokens a step, the rate that `bench/distil.py`
 chose on held-out demo text. Perplexity: first 20,480 tokens of the text, blocks of 2048. Tasks: those of the paper, the
 first 500 items each, all of ARC-c. One run an arm. It can be stopped at any time, and several processes may share it.
 """

@@ -199,7 +199,7 @@ HERE = studies._sign(0)
     [
         ({"process": 2**22 + 1}, True),
         ({"began": "long ago"}, True),
-        ({"place": "elsewhere", "at": 0.0}, True),
+        ({"place": "elsewhere", "at": HERE["at"] - 2 * studies.QUIET}, True),
         ({"place": "elsewhere", "process": 2**22 + 1}, False),
         ({"process": os.getppid(), "began": studies._began(os.getppid())}, False),
         ({}, True),
